@@ -1,0 +1,221 @@
+"""Training crops: from a folder of images, or, without one, from an endless stream of synthetic "dead leaves".
+
+The only file that opens images. Everything leaves here as uint8 RGB, NCHW; batch k is a pure function of (seed, k).
+"""
+import os
+import sys
+import threading
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
+from configure import stop
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+HELD_OUT = 0.05  # share of a folder that is never trained on
+SYNTHETIC_VAL_SEED = 2**32  # training seeds are smaller: held-out leaves never appear in training
+
+
+class Images:
+    """A folder of images, or the synthetic stream where `folder` is ''. Held-out files are chosen by the CRC of their
+    name, so that the split stays when files are added. `val_folder`: its images are held out instead, none of folder's.
+
+    Unreadable files are reported once, then skipped; more of them than readable ones stop the program.
+    """
+    def __init__(self, folder="", val_folder=""):
+        self.bad, self.lock = set(), threading.Lock()
+        self.train = find_images(folder) if folder else []
+        self.val = find_images(val_folder) if val_folder else []
+        if self.train and not self.val:
+            by_hash = in_hash_order(self.train, folder)
+            n_val = max(1, round(HELD_OUT * len(by_hash)))
+            self.train, self.val = by_hash[n_val:], by_hash[:n_val]
+            if not self.train:
+                stop(f"data_dir={folder}: holds one image; at least two are needed, one to train on and one held out")
+        else:
+            self.val = in_hash_order(self.val, val_folder)
+
+    def read(self, path, size, rng):
+        """A random crop of the file as [size,size,3] uint8 (rng=None: the centre square), or None if it is unreadable."""
+        try:
+            return square_crop(path, size, rng)
+        except Exception as error:  # Pillow raises a dozen kinds on broken files
+            with self.lock:
+                if path not in self.bad:
+                    self.bad.add(path)
+                    print(f"skipped {path}: {error}", file=sys.stderr)
+                if len(self.bad) > (len(self.train) + len(self.val)) / 2:
+                    stop(f"{os.path.dirname(path)}: more than half of the image files are unreadable, "
+                         f"for example {path}: {error}")
+
+    def crop(self, size, rng):
+        """One random training crop, [size,size,3] uint8."""
+        if not self.train:
+            return dead_leaves(size, rng)
+        while True:
+            path = self.train[rng.integers(len(self.train))]
+            if path not in self.bad and (crop := self.read(path, size, rng)) is not None:
+                return crop
+
+    def batch(self, size, n, color_augment, seed):
+        """[n,3,size,size] uint8 tensor, a function of `seed` (a list of ints) alone."""
+        rng = np.random.default_rng(seed)
+        crops = [self.crop(size, rng) for _ in range(n)]
+        crops = [color_augmented(crop, rng) if rng.random() < color_augment else crop for crop in crops]
+        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+
+    def held_out(self, n, size):
+        """The first n readable held-out images as centre squares: ([n,3,size,size] uint8, their names)."""
+        if not self.val:
+            rngs = [np.random.default_rng([SYNTHETIC_VAL_SEED, i]) for i in range(n)]
+            found = [(dead_leaves(size, rng), "synthetic") for rng in rngs]
+        else:
+            found = []
+            for path in self.val:
+                if len(found) < n and (square := self.read(path, size, None)) is not None:
+                    found.append((square, os.path.basename(path)))
+            if not found:
+                stop(f"{os.path.dirname(self.val[0])}: none of the {len(self.val)} held-out images can be read")
+        squares, names = zip(*found)
+        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous(), list(names)
+
+
+def batches(images, size, n, color_augment, seed, workers, start=0):
+    """Endless generator of `images.batch` for k = start, start+1, ..., made ahead of time by `workers` threads.
+
+    Threads, not processes: Pillow, NumPy and torch release the GIL for the heavy part, and nothing is pickled, so it
+    works the same under every multiprocessing start method and never re-runs the calling script.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        def submit(k):
+            return pool.submit(images.batch, size, n, color_augment, [seed, k])
+        ahead = deque(submit(k) for k in range(start, start + workers + 2))
+        try:
+            while True:
+                start += 1
+                ahead.append(submit(start + workers + 1))
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# -----------------------------------------------------------------------------
+# folders and files
+
+def find_images(folder):
+    """Sorted paths of the jpg, jpeg, png and webp files under `folder`, at any depth and in any case."""
+    if not os.path.isdir(folder):
+        stop(f"{folder}: no such folder of images")
+    found = sorted(os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True)
+                   for name in names if name.lower().endswith(EXTENSIONS))
+    if not found:
+        stop(f"{folder}: holds no {', '.join(EXTENSIONS)} files")
+    return found
+
+
+def in_hash_order(paths, folder):
+    """Sorted by the CRC of the name below `folder`: as good as shuffled, the same everywhere."""
+    return sorted(paths, key=lambda path: zlib.crc32(os.path.relpath(path, folder).replace(os.sep, "/").encode()))
+
+
+def square_crop(path, size, rng=None):
+    """A file's random square as [size,size,3] uint8 (the centre square for rng=None), upright, on a background."""
+    with Image.open(path) as image:
+        if min(image.size) < size / 2:
+            raise ValueError(f"{image.width}x{image.height} pixels is less than half of {size}")
+        if rng is None:
+            image.draft("RGB", (2 * size, 2 * size))  # lets JPEG decode at a fraction of its size
+        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scale, for convert() would clip
+            grey = np.asarray(image, dtype=np.float32)
+            image = Image.fromarray((grey / (257 if grey.max() > 255 else 1)).astype(np.uint8))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+        elif image.mode not in ("L", "RGB"):
+            image = image.convert("RGB")
+        return resized_square(image, size, rng)
+
+
+def resized_square(image, size, rng=None):
+    """A square of a random side (from `size` to the whole) at a random place, resized to [size,size,3] uint8."""
+    width, height = image.size
+    short = min(width, height)
+    side, left, top = short, (width - short) / 2, (height - short) / 2
+    if rng is not None:
+        side = int(rng.integers(min(size, short), short + 1))
+        left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=3)
+    square = ImageOps.exif_transpose(square)
+    if square.mode == "RGBA":  # transparent art is trained on many backgrounds and evaluated on white
+        color = (255,) * 3 if rng is None else tuple(int(c) for c in rng.integers(256, size=3))
+        square = Image.alpha_composite(Image.new("RGBA", square.size, color), square)
+    return np.asarray(square.convert("RGB"))
+
+
+def color_augmented(crop, rng):
+    """Mix the channels by a random matrix, to show colours that photos lack: it cures weak saturated ones (taesd#11).
+
+    [H,W,3] uint8 -> the same; in [0,1] it is lerp(x, clip(x @ (0.5 + randn(3,3)), 0, 1), rand(3)).
+    """
+    image = crop / np.float32(255)
+    mixed = np.clip(image @ (0.5 + rng.standard_normal((3, 3), dtype=np.float32)), 0, 1)
+    return np.round(255 * (image + rng.random(3, dtype=np.float32) * (mixed - image))).astype(np.uint8)
+
+
+# -----------------------------------------------------------------------------
+# synthetic images
+
+def dead_leaves(size, rng):
+    """[size,size,3] uint8 picture of overlapping shapes with power-law sizes, which share the edge and scale statistics
+    of photographs (Lee, Mumford & Huang 2001). Each leaf has a colour gradient, stripes and noise of its own."""
+    n, canvas = 400, 2 * size  # drawn at twice the size, then halved: smooth edges
+    # radii with density ~ r^-3, the scale-invariant one; the smallest differs from picture to picture, as if one zoomed
+    low, high = (canvas / rng.uniform(8, 40)) ** -2.0, (canvas / 2) ** -2.0
+    radius = (high + rng.random(n) * (low - high)) ** -0.5
+    corners = rng.choice([3, 4, 4, 5, 6, 30, 30], n)  # 30: an ellipse
+    stretch, turn = rng.uniform(0.1, 1, n) ** 0.7, rng.uniform(0, 2 * np.pi, n)
+    center = rng.uniform(-0.1, 1.1, (n, 2)) * canvas
+    leaf = Image.new("I", (canvas, canvas))  # which leaf lies on top at each pixel
+    draw = ImageDraw.Draw(leaf)
+    for i in range(n):
+        angle = np.arange(corners[i]) * (2 * np.pi / corners[i])
+        ragged = 1 + 0.2 * rng.standard_normal(corners[i]) * (corners[i] < 30)
+        x, y = radius[i] * ragged * np.cos(angle), radius[i] * stretch[i] * ragged * np.sin(angle)
+        c, s = np.cos(turn[i]), np.sin(turn[i])
+        draw.polygon(np.stack([center[i, 0] + c * x - s * y, center[i, 1] + s * x + c * y], 1).ravel().tolist(), fill=i)
+    leaf = np.asarray(leaf)
+
+    # a scene has its own light and a palette of six colours; one leaf in ten is any colour at all
+    palette = rng.random((6, 1)) + rng.uniform(0, 0.35) * rng.standard_normal((6, 3))
+    base = palette[rng.integers(6, size=n)] + 0.1 * rng.standard_normal((n, 1)) + 0.04 * rng.standard_normal((n, 3))
+    base = np.where(rng.random((n, 1)) < 0.1, rng.random((n, 3)), base)
+    slope = rng.standard_normal((n, 2, 3)) * rng.uniform(0, 0.3, (n, 1, 1))  # change of colour across the picture
+    wavelength = np.exp(rng.uniform(np.log(6), np.log(canvas / 4), n))
+    direction, phase = rng.uniform(0, 2 * np.pi, (2, n))
+    wave = np.stack([np.cos(direction), np.sin(direction)], 1) * (2 * np.pi / wavelength)[:, None]
+    stripes = rng.uniform(0, 0.2, n) * (rng.random(n) < 0.3)
+    noise = rng.uniform(0, 0.2, n) ** 1.5
+
+    tables = [base - slope.sum(1) / 2, slope.reshape(n, 6), wave, phase[:, None], stripes[:, None], noise[:, None]]
+    pixel = np.concatenate(tables, 1).astype(np.float32)[leaf]  # [canvas,canvas,14]: every pixel looks up its leaf
+    y, x = np.mgrid[:canvas, :canvas].astype(np.float32)
+    texture = pixel[..., 12] * np.sin(pixel[..., 9] * x + pixel[..., 10] * y + pixel[..., 11])
+    texture += pixel[..., 13] * clouds(canvas, rng)
+    color = pixel[..., 0:3] + pixel[..., 3:6] * (x / canvas)[..., None] + pixel[..., 6:9] * (y / canvas)[..., None]
+    image = Image.fromarray((255 * np.clip(color + texture[..., None], 0, 1)).astype(np.uint8))
+    if rng.random() < 0.2:  # out of focus
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.015) * canvas))
+    return np.asarray(image.reduce(2))
+
+
+def clouds(size, rng):
+    """[size,size] noise with equal energy in every octave, unit standard deviation."""
+    total, cells = np.zeros((size, size), np.float32), 4
+    while cells <= size:
+        octave = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
+        total += np.asarray(octave.resize((size, size), Image.Resampling.BICUBIC))
+        cells *= 2
+    return total / total.std()

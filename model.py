@@ -1,0 +1,168 @@
+"""The three networks: tiny encoder, tiny decoder, discriminator; and the files the first two are kept in.
+
+Layer order and state-dict keys are those of taesd.py (github.com/madebyollin/taesd), so weights go both ways.
+Images are [0,1], latents about N(0,1), all NCHW. The student never sees [-1,1] or a scaling factor.
+"""
+import math
+import os
+import shutil
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configure import stop
+
+
+def conv(n_in, n_out, **kwargs):
+    return nn.Conv2d(n_in, n_out, 3, padding=1, **kwargs)
+
+
+class Clamp(nn.Module):
+    """Squash latents softly to (-3,3): a stray large value must not blow up the picture."""
+    def forward(self, latent):
+        return torch.tanh(latent / 3) * 3
+
+
+class Block(nn.Module):
+    """Residual block of three 3x3 convolutions. `midblock_gn` adds the GroupNorm branch of the released FLUX.2 weights."""
+    def __init__(self, width, midblock_gn=False):
+        super().__init__()
+        self.conv = nn.Sequential(conv(width, width), nn.ReLU(), conv(width, width), nn.ReLU(), conv(width, width))
+        self.pool = nn.Sequential(
+            nn.Conv2d(width, width * 4, 1, bias=False), nn.GroupNorm(4, width * 4), nn.ReLU(),
+            nn.Conv2d(width * 4, width, 1, bias=False)) if midblock_gn else None
+
+    def forward(self, x):
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return F.relu(self.conv(x) + x)
+
+
+def Encoder(latent_channels=4, factor=8, width=64, midblock_gn=False):
+    """[N,3,H,W] images in [0,1] -> [N,latent_channels,H/factor,W/factor] latents. 1,222,532 parameters at the defaults."""
+    def down(gn=False):
+        return conv(width, width, stride=2, bias=False), Block(width, gn), Block(width, gn), Block(width, gn)
+    middle = stages(factor) - 1
+    return nn.Sequential(
+        conv(3, width), Block(width),
+        *[layer for _ in range(middle) for layer in down()], *down(midblock_gn),
+        conv(width, latent_channels),
+    )
+
+
+def Decoder(latent_channels=4, factor=8, width=64, midblock_gn=False):
+    """[N,latent_channels,h,w] latents -> [N,3,h*factor,w*factor] images, [0,1] but not clipped. 1,222,531 parameters."""
+    def up(gn=False):
+        return Block(width, gn), Block(width, gn), Block(width, gn), nn.Upsample(scale_factor=2), conv(width, width, bias=False)
+    middle = stages(factor) - 1
+    to_image = conv(width, 3)
+    nn.init.constant_(to_image.bias, 0.5)  # a fresh decoder paints mid-grey, not black
+    return nn.Sequential(
+        Clamp(), conv(latent_channels, width), nn.ReLU(),
+        *up(midblock_gn), *[layer for _ in range(middle) for layer in up()],
+        Block(width), to_image,
+    )
+
+
+class Discriminator(nn.Module):
+    """Is this patch real, given its latent? Images [N,3,H,W], latents [N,C,h,w] -> scores [N,5,h,w]: real +1, fake -1.
+
+    The image and the enlarged latent go in together; a 1x1 convolution reads a score at each of five depths, pooled to
+    the latent's size. No normalisation: it lets D judge a batch by its statistics, and colours drift.
+    """
+    def __init__(self, latent_channels=4):
+        super().__init__()
+        self.blocks = nn.ModuleList([
+            nn.Conv2d(3 + latent_channels, 32, 3, padding=1),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1),
+            nn.Conv2d(64, 128, 4, stride=2, padding=1),
+            nn.Conv2d(128, 256, 4, stride=2, padding=1),
+            nn.Conv2d(256, 256, 3, padding=1),
+        ])
+        self.scores = nn.ModuleList(nn.Conv2d(block.out_channels, 1, 1) for block in self.blocks)
+
+    def forward(self, image, latent):
+        x = torch.cat([image * 2 - 1, F.interpolate(latent, image.shape[-2:])], 1)
+        scores = []
+        for block, score in zip(self.blocks, self.scores):
+            x = F.leaky_relu(block(x), 0.2)
+            scores.append(F.adaptive_avg_pool2d(score(x), latent.shape[-2:]))
+        return torch.cat(scores, 1)
+
+
+def stages(factor):
+    """Factor 8 -> 3 halvings."""
+    if factor < 2 or factor & (factor - 1):
+        raise ValueError(f"factor={factor}: must be a power of two, 2 or more")
+    return int(math.log2(factor))
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# -----------------------------------------------------------------------------
+# files
+
+def save_file(path, write):
+    """Call write(temporary path), then rename: `path` is either complete or as it was before. Folders too."""
+    aside = f"{path}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    write(aside)
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    os.replace(aside, path)
+
+
+def load_file(path):
+    """torch.load onto the CPU; tensors and plain containers only, so a file from a stranger cannot run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        stop(f"{path}: no such file")
+    except Exception as error:  # a truncated archive, a pickle that wants to run code, a text file: many types
+        stop(f"{path}: not a readable weights file ({type(error).__name__}: {str(error).splitlines()[0]})")
+
+
+def save_taesd(path, module):
+    """Write a plain float32 state dict: the taesd.py format (taesd_encoder.pth, taesd_decoder.pth)."""
+    state = {key: value.detach().cpu().float().contiguous() for key, value in module.state_dict().items()}
+    save_file(path, lambda aside: torch.save(state, aside))
+
+
+def load_taesd(path):
+    """Read taesd_encoder.pth or taesd_decoder.pth (float32 or float16); the shapes inside tell which network it is.
+
+    Returns (network in float32, its arguments). Stops with one line if the file is anything else.
+    """
+    state = load_file(path)
+    try:
+        decoder = "0.weight" not in state  # index 0 of a decoder is the Clamp, which has no weights
+        first, last = state["1.weight" if decoder else "0.weight"], list(state.values())[-1]
+        arguments = dict(
+            latent_channels=first.shape[1] if decoder else len(last), width=first.shape[0],
+            factor=2 ** sum(value.ndim == 4 and key.count(".") == 1 and key.replace("weight", "bias") not in state
+                            for key, value in state.items()),
+            midblock_gn=any(".pool." in key for key in state))
+        network = (Decoder if decoder else Encoder)(**arguments)
+        network.load_state_dict(state)
+    except Exception as error:
+        stop(f"{path}: not an encoder or decoder in taesd.py's layout ({str(error).splitlines()[0]})")
+    return network.float(), arguments
+
+
+def save_diffusers(path, encoder, decoder):
+    """Write a `diffusers.AutoencoderTiny` folder: encoder key k -> encoder.layers.k, decoder i.k -> decoder.layers.(i-1).k.
+
+    AutoencoderTiny takes and gives [-1,1] images and does that conversion itself; its latents are ours.
+    """
+    from diffusers import AutoencoderTiny
+    width, depth = encoder[0].out_channels, sum(isinstance(layer, nn.Upsample) for layer in decoder)
+    vae = AutoencoderTiny(
+        latent_channels=encoder[-1].out_channels,
+        encoder_block_out_channels=(width,) * (depth + 1), num_encoder_blocks=(1,) + (3,) * depth,
+        decoder_block_out_channels=(width,) * (depth + 1), num_decoder_blocks=(3,) * depth + (1,))
+    vae.encoder.layers.load_state_dict(encoder.state_dict())
+    vae.decoder.layers.load_state_dict(nn.Sequential(*list(decoder)[1:]).state_dict())  # all but the Clamp
+    save_file(path, vae.save_pretrained)

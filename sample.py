@@ -1,0 +1,165 @@
+"""Look at a run: rebuild teacher and student from `out_dir`, draw them side by side, and measure both.
+
+    python sample.py --out_dir=out                     # on the run's held-out images
+    python sample.py --out_dir=out --images=photo.jpg  # on a file or a folder of your own
+"""
+import os
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from configure import configure, pick_device, stop
+
+# -----------------------------------------------------------------------------
+# settings
+out_dir = "out"            # the run to look at
+images = ""                # an image or a folder; '' = the run's held-out images
+count = 8                  # how many images, at most
+size = 256                 # pixels: every image is shown and measured as a centre square of this side
+picture_path = ""          # where the picture goes; '' = samples/sample.png in out_dir
+device = "auto"            # auto, cuda, mps or cpu
+# -----------------------------------------------------------------------------
+
+
+# measures: [N,3,H,W] in [0,1] -> [N], one figure an image
+
+def psnr(fake, real):
+    """Peak signal-to-noise ratio in dB; 100 for identical images."""
+    return -10 * torch.log10((fake - real).square().mean((1, 2, 3)).clamp(min=1e-10))
+
+
+def ssim(fake, real):
+    """Structural similarity (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5, on each colour channel."""
+    offset = torch.arange(11, device=real.device) - 5.0
+    window = torch.exp(-offset.square() / (2 * 1.5**2))
+    window = (torch.outer(window, window) / window.sum() ** 2).expand(3, 1, 11, 11)
+
+    def blur(x):
+        return F.conv2d(x, window, groups=3)
+    mean_f, mean_r = blur(fake), blur(real)
+    var_f, var_r = blur(fake * fake) - mean_f**2, blur(real * real) - mean_r**2
+    covariance = blur(fake * real) - mean_f * mean_r
+    c1, c2 = 0.01**2, 0.03**2
+    return ((2 * mean_f * mean_r + c1) * (2 * covariance + c2)
+            / ((mean_f**2 + mean_r**2 + c1) * (var_f + var_r + c2))).mean((1, 2, 3))
+
+
+def lowres_mse(fake, real):
+    """Mean squared error after 8x8 average pooling: colour, without detail."""
+    return (F.avg_pool2d(fake, 8) - F.avg_pool2d(real, 8)).square().mean((1, 2, 3))
+
+
+def high_frequency_energy(image):
+    """Mean square of what a 3x3 box blur takes away."""
+    return (image - F.avg_pool2d(image, 3, 1, 1, count_include_pad=False)).square().mean((1, 2, 3))
+
+
+def sharpness(fake, real):
+    """High-frequency energy over the original's, of the whole set (a flat image has none to compare): 1 is right."""
+    return high_frequency_energy(fake).mean() / high_frequency_energy(real).mean()
+
+
+def measure(fake, real):
+    """{name: figure} of images against originals, both [N,3,H,W] in [0,1]."""
+    return {"psnr": psnr(fake, real).mean().item(), "ssim": ssim(fake, real).mean().item(),
+            "lowres_mse": lowres_mse(fake, real).mean().item(), "sharpness": sharpness(fake, real).item()}
+
+
+def chunked(network, images):
+    """Apply a network to 4 images at a time: whole held-out sets fit in little memory. Gives float32."""
+    return torch.cat([network(chunk).float() for chunk in images.split(4)])
+
+
+# pictures
+
+def latent_colors(latents, size):
+    """The first three channels as RGB, -3..3 -> 0..1, enlarged to [N,3,size,size]."""
+    colors = F.pad(latents[:, :3], (0, 0, 0, 0, 0, max(0, 3 - latents.shape[1])))
+    return F.interpolate(colors / 6 + 0.5, size)
+
+
+def picture(rows, path):
+    """Write {label: [N,3,H,W] images in [0,1]} as one PNG, a labelled row each."""
+    from model import save_file
+    strips = [torch.cat(list(row.float().cpu().clamp(0, 1)), -1) for row in rows.values()]
+    font, bar = ImageFont.load_default(14), 20
+    sheet = Image.new("RGB", (strips[0].shape[-1], sum(strip.shape[-2] + bar for strip in strips)))
+    draw, top = ImageDraw.Draw(sheet), 0
+    for label, strip in zip(rows, strips):
+        draw.text((4, top + 2), label, fill=(255, 255, 255), font=font)
+        sheet.paste(Image.fromarray(np.round(strip.permute(1, 2, 0).numpy() * 255).astype(np.uint8)), (0, top + bar))
+        top += strip.shape[-2] + bar
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    save_file(path, lambda aside: sheet.save(aside, format="PNG"))
+
+
+# python sample.py
+
+def milliseconds(decode, latents):
+    """Time to decode the first of the latents: median of 5 runs after one to warm up."""
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        decode(latents[:1]).sum().item()  # .item() waits for the device
+        times.append(1000 * (time.perf_counter() - start))
+    return sorted(times[1:])[2]
+
+
+@torch.no_grad()
+def main():
+    from data import Images, find_images
+    from model import Decoder, Encoder, load_file, parameters
+    from teacher import Teacher
+
+    place = pick_device(device)
+    checkpoint = load_file(os.path.join(out_dir, "ckpt.pt"))
+    teacher = Teacher(checkpoint["settings"]["teacher"], place)
+    encoder, decoder = Encoder(**checkpoint["shape"]), Decoder(**checkpoint["shape"])
+    encoder.load_state_dict(checkpoint["ema_encoder"])
+    decoder.load_state_dict(checkpoint["ema_decoder"])
+    encoder.to(place), decoder.to(place)
+
+    if images:
+        if size < 16 or size % teacher.factor:
+            stop(f"--size={size}: must be 16 or more and a multiple of the teacher's factor, {teacher.factor}")
+        found = Images()
+        found.val = [images] if os.path.isfile(images) else find_images(images)
+        real, names = found.held_out(count, size)
+    else:
+        real, names = checkpoint["held_out"][:count], ["held out"]
+    real = real.to(place) / 255
+
+    latents = chunked(teacher.encode, real)
+    pictures = {"original": real, "teacher round trip": chunked(teacher.decode, latents)}
+    table = {"teacher round trip": (None, milliseconds(teacher.decode, latents), teacher.parameters)}
+    shown_latents = {"the teacher's latents (channels 1-3)": latent_colors(latents, real.shape[-1])}
+    if "decoder" in checkpoint["ready"]:
+        pictures["our decoder"] = chunked(decoder, latents).clamp(0, 1)
+        table["our decoder"] = (None, milliseconds(decoder, latents), parameters(decoder))
+    if "encoder" in checkpoint["ready"]:
+        ours = chunked(encoder, real)
+        shown_latents["our latents"] = latent_colors(ours, real.shape[-1])
+        if "decoder" in checkpoint["ready"]:
+            pictures["our encoder and decoder"] = chunked(decoder, ours).clamp(0, 1)
+            table["our encoder and decoder"] = (F.mse_loss(ours, latents).item(), milliseconds(decoder, ours),
+                                                parameters(encoder) + parameters(decoder))
+
+    path = picture_path or os.path.join(out_dir, "samples", "sample.png")
+    picture(pictures | shown_latents, path)
+    print(f"{out_dir}: step {checkpoint['step']}, teacher {checkpoint['settings']['teacher']}, {len(real)} images "
+          f"({', '.join(names)}) of {real.shape[-1]}x{real.shape[-1]}, {place} float32\n")
+    print(f"{'':24} {'PSNR dB':>8} {'SSIM':>7} {'lowres MSE':>11} {'sharpness':>10} {'latent MSE':>11} {'decode ms':>10} {'parameters':>12}")
+    for row, (latent_mse, decode_ms, n_parameters) in table.items():
+        figures = measure(pictures[row], real)
+        latent_mse = "" if latent_mse is None else f"{latent_mse:.4f}"
+        print(f"{row:24} {figures['psnr']:8.2f} {figures['ssim']:7.4f} {figures['lowres_mse']:11.6f} {figures['sharpness']:10.3f} "
+              f"{latent_mse:>11} {decode_ms:10.1f} {n_parameters:12,}")
+    print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()

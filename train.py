@@ -1,0 +1,397 @@
+"""Train a tiny autoencoder (TAESD) that speaks the latent language of a big VAE, the teacher.
+
+    python train.py --teacher=sdxl --batch_size=16 --data_dir=pictures
+
+                real image x [0,1]
+               /         |         \\
+      teacher.encode     |       encoder --> latent'     encoder loss: latent' = latent
+              |          |
+            latent ------|---> decoder --> fake          decoder loss: fake cannot be told from x, nor its colours
+              |          |        |
+        discriminator(x or fake | latent)                + replay buffer of old fakes
+
+The encoder copies the teacher's latents. The decoder is a conditional GAN on real images: it may invent detail, but not
+shift colour. The method is that of the TAESD author, from github.com/madebyollin/taesd, issues 2 and 11, and his seraena.
+"""
+import copy
+import importlib.util
+import json
+import os
+import platform
+import signal
+import sys
+import time
+
+import diffusers
+import torch
+import torch.nn.functional as F
+
+from configure import configure, pick_device, pick_dtype, stop
+from data import Images, batches
+from model import (Decoder, Discriminator, Encoder, load_file, parameters, save_diffusers, save_file, save_taesd)
+from sample import chunked, measure, picture
+from teacher import NAMES, Teacher
+
+# -----------------------------------------------------------------------------
+# run
+out_dir = "out"              # checkpoint, exports, pictures and log.jsonl go here
+init_from = "scratch"        # scratch; resume (go on with out_dir); or another run's out_dir, to start from its weights
+max_iters = 300_000          # steps; the author's released weights took about this many
+seed = 0                     # of weights, crops and replay
+# data
+data_dir = ""                # folder of images, searched recursively; '' = synthetic dead leaves, to try things out
+val_dir = ""                 # folder of held-out images; '' = 5% of data_dir, chosen by file name
+crop = 96                    # training crop in pixels, a multiple of the teacher's factor; finish a long run at 256
+batch_size = 16              # crops a step
+color_augment = 0.07         # share of crops with randomly mixed colour channels; 0 = off
+workers = 4                  # threads that read images
+# teacher and student
+teacher = "toy"              # toy, sd, sd-mse, sdxl, a diffusers folder, a hub id, or a taesd.py pair's encoder.pth
+width = 64                   # channels of the student: 64 = the released TAESD; 32 or 16 for phones and CPUs
+train_encoder = True         # false = leave the encoder as init_from has it
+train_decoder = True         # false = leave the decoder as init_from has it
+# losses
+adversarial_weight = 1.0     # relativistic adversarial loss; 0 = off, and no discriminator
+lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours; 0 = off
+mse_iters = 200              # first steps of a decoder from scratch: plain MSE instead, so D has something to judge
+replay_size = 4096           # old fakes kept for the discriminator, as bytes on the device; 0 = only fresh fakes
+# optimizer
+learning_rate = 3e-4         # of encoder and decoder: Adam, betas (0.9, 0.9), amsgrad
+discriminator_lr = 3e-4      # of the discriminator: Adam, betas (0.5, 0.99)
+ema_halflife = 10_000        # images after which a weight counts half in the average that is evaluated and exported
+# reports
+log_interval = 50            # steps between lines in log.jsonl and on the screen
+eval_interval = 1000         # steps between evaluations; each writes a picture, a checkpoint and the exports
+eval_images = 16             # held-out images
+eval_size = 256              # held-out images are centre squares of this side in pixels
+# system
+device = "auto"              # auto, cuda, mps or cpu
+dtype = "auto"               # auto, float32, bfloat16 or float16: of teacher and autocast; weights stay float32
+compile = "auto"             # torch.compile: auto (on a GPU), true or false
+# -----------------------------------------------------------------------------
+started = time.time()
+settings = configure(globals())
+checkpoint_path = os.path.join(out_dir, "ckpt.pt")
+checkpoint = None
+if init_from == "resume":
+    checkpoint = load_file(checkpoint_path)
+    globals().update(checkpoint["settings"])  # the run's own settings...
+    settings = configure(globals())           # ...but for what this command line says
+elif os.path.exists(checkpoint_path):
+    stop(f"--out_dir={out_dir}: holds a run already; --init_from=resume goes on with it, another --out_dir starts a new one")
+elif init_from != "scratch":
+    checkpoint = load_file(os.path.join(init_from, "ckpt.pt"))
+
+
+def require(name, holds, rule):
+    if not holds:
+        stop(f"--{name}={globals()[name]}: {rule}")
+
+
+for name in "max_iters batch_size workers width log_interval eval_interval eval_images learning_rate discriminator_lr ema_halflife".split():
+    require(name, globals()[name] > 0, "must be more than 0")
+for name in "seed adversarial_weight lowres_weight mse_iters replay_size".split():
+    require(name, globals()[name] >= 0, "must be 0 or more")
+require("color_augment", 0 <= color_augment <= 1, "must be between 0 and 1")
+require("replay_size", replay_size == 0 or replay_size >= batch_size, f"must be 0 or at least the batch size, {batch_size}")
+require("train_decoder", train_encoder or train_decoder, "nothing is left to train: train_encoder is false, too")
+require("compile", compile in ("auto", "true", "false"), "must be auto, true or false")
+
+for name in ("teacher", "data_dir", "val_dir"):  # sample.py and resume may be called from another folder
+    if settings[name] not in NAMES and os.path.exists(settings[name]):
+        settings[name] = os.path.abspath(settings[name])
+device = pick_device(device)
+dtype = pick_dtype(dtype, device)
+compile = compile == "true" or compile == "auto" and device.type == "cuda" and importlib.util.find_spec("triton") is not None
+images = Images(data_dir, val_dir)
+vae = Teacher(teacher, device, dtype)
+require("crop", crop >= 16 and crop % vae.factor == 0, f"must be 16 or more and a multiple of the teacher's factor, {vae.factor}")
+require("eval_size", eval_size >= 16 and eval_size % vae.factor == 0, f"must be 16 or more and a multiple of the factor, {vae.factor}")
+
+# -----------------------------------------------------------------------------
+# networks and optimizers
+torch.manual_seed(seed)
+encoder = Encoder(vae.latent_channels, vae.factor, width)
+decoder = Decoder(vae.latent_channels, vae.factor, width)
+discriminator = Discriminator(vae.latent_channels)
+networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator,
+            "ema_encoder": copy.deepcopy(encoder), "ema_decoder": copy.deepcopy(decoder)}
+ema_encoder, ema_decoder = networks["ema_encoder"].requires_grad_(False), networks["ema_decoder"].requires_grad_(False)
+shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": width}
+if checkpoint:
+    for key, here in shape.items():
+        if checkpoint["shape"][key] != here:
+            stop(f"--init_from={init_from}: its student has {key} {checkpoint['shape'][key]}, this run asks for {here}")
+    for name, network in networks.items():
+        network.load_state_dict(checkpoint[name])
+for network in networks.values():
+    network.to(device, memory_format=torch.channels_last)
+
+student = [p for half, trained in ((encoder, train_encoder), (decoder, train_decoder)) if trained for p in half.parameters()]
+averages = [p for half, trained in ((ema_encoder, train_encoder), (ema_decoder, train_decoder)) if trained for p in half.parameters()]
+fused = device.type != "mps"
+student_optimizer = torch.optim.Adam(student, learning_rate, betas=(0.9, 0.9), amsgrad=True, fused=fused)
+discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), discriminator_lr, betas=(0.5, 0.99), fused=fused)
+scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+if compile:
+    for network in (encoder, decoder, discriminator):
+        network.compile()
+
+# -----------------------------------------------------------------------------
+# the losses
+
+
+def discriminator_loss(real_scores, fake_scores):
+    """Least squares: real towards +1, fake towards -1."""
+    return (real_scores - 1).square().mean() + (fake_scores + 1).square().mean()
+
+
+def relativistic_distance(real_scores, fake_scores):
+    """How far D tells the fake from its own real image. It vanishes only where both score alike, however good D is."""
+    return (fake_scores - real_scores).square().mean()
+
+
+def lowres_mse(fake, real):
+    """MSE of the mean colours of 8x8 patches."""
+    return F.mse_loss(F.avg_pool2d(fake, 8), F.avg_pool2d(real, 8))
+
+
+class ReplayBuffer:
+    """Fakes of all ages, so that D does not forget what it once caught. Images [N,3,H,W] in [0,1] are kept as bytes."""
+
+    def __init__(self, size, image_shape, latent_shape):
+        self.images = torch.zeros(size, *image_shape, dtype=torch.uint8, device=device)
+        self.latents = torch.zeros(size, *latent_shape, dtype=torch.float16, device=device)
+        self.filled = 0
+
+    def push(self, images, latents):
+        """Append while there is room, then replace at random."""
+        n = len(images)
+        if self.filled + n <= len(self.images):
+            slots = torch.arange(self.filled, self.filled + n, device=device)
+            self.filled += n
+        else:
+            slots = torch.randperm(self.filled, device=device)[:n]
+        self.images[slots] = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+        self.latents[slots] = latents.to(torch.float16)
+
+    def sample(self, n):
+        """n past fakes in [0,1] and their latents, float32."""
+        slots = torch.randint(self.filled, (n,), device=device)
+        return self.images[slots].float() / 255, self.latents[slots].float()
+
+    def mix(self, fake, latent):
+        """Remember a batch of fakes; give one back of which half is new and half is drawn from memory."""
+        if len(self.images) == 0:
+            return fake, latent
+        self.push(fake, latent)
+        n = len(fake) // 2
+        old_fake, old_latent = self.sample(n)
+        return torch.cat([fake[n:], old_fake]), torch.cat([latent[n:], old_latent])
+
+
+adversarial = train_decoder and adversarial_weight > 0
+replay = ReplayBuffer(replay_size if adversarial else 0, (3, crop, crop), (vae.latent_channels, crop // vae.factor, crop // vae.factor))
+
+# -----------------------------------------------------------------------------
+# reports: evaluation, pictures, checkpoint, exports, log
+
+
+def peak_memory_mb():
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def log(record):
+    with open(os.path.join(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def progress(images_per_second):
+    return {"step": step, "images_seen": step * batch_size, "images_per_second": round(images_per_second, 2)}
+
+
+@torch.no_grad()
+def evaluate():
+    """Held-out figures of the averaged weights, and a picture. Latent errors are in units of the latents' own variance 1."""
+    with amp:
+        latents = chunked(ema_encoder, val_real)
+        from_teacher, from_student = chunked(ema_decoder, val_latent).clamp(0, 1), chunked(ema_decoder, latents).clamp(0, 1)
+        raw = chunked(decoder, val_latent).clamp(0, 1)
+    picture({"original": val_real[:8], f"teacher: {teacher}": val_teacher[:8],
+             f"our decoder on the teacher's latents, step {step}": from_teacher[:8],
+             "our encoder and decoder": from_student[:8]}, os.path.join(out_dir, "samples", f"{step:07d}.png"))
+    figures = {f"val_{name}": value for name, value in measure(from_teacher, val_real).items()}
+    figures["val_latent_mse"] = F.mse_loss(latents, val_latent).item()
+    figures["val_psnr_raw"] = measure(raw, val_real)["psnr"]  # of the weights as they are, not averaged
+    return {name: round(value, 6) for name, value in figures.items()}
+
+
+def save():
+    """Everything that resume and sample.py need, then the averaged weights in the formats that others load."""
+    state = {name: network.state_dict() for name, network in networks.items()}
+    state |= {"settings": settings, "shape": shape, "step": step, "ready": ready, "held_out": (val_real * 255).round().byte(),
+              "student_optimizer": student_optimizer.state_dict(), "discriminator_optimizer": discriminator_optimizer.state_dict(),
+              "scaler": scaler.state_dict(), "replay_images": replay.images[:replay.filled],
+              "replay_latents": replay.latents[:replay.filled], "rng": torch.get_rng_state(),
+              "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+    save_file(checkpoint_path, lambda aside: torch.save(state, aside))
+    for half in ready:
+        save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), networks[f"ema_{half}"])
+    if len(ready) == 2:
+        save_diffusers(os.path.join(out_dir, "diffusers"), ema_encoder, ema_decoder)
+
+
+# a half that was never trained is noise, and is not exported
+ready = [half for half, trained in (("encoder", train_encoder), ("decoder", train_decoder))
+         if trained or checkpoint and half in checkpoint["ready"]]
+step = 0
+if init_from == "resume":
+    if replay.images.shape[1:] != checkpoint["replay_images"].shape[1:]:
+        stop(f"--crop={crop}: a resumed run keeps its crop; to go on at another, start a new run with "
+             f"--init_from={out_dir} and its own --out_dir")
+    step = checkpoint["step"]
+    student_optimizer.load_state_dict(checkpoint["student_optimizer"])
+    discriminator_optimizer.load_state_dict(checkpoint["discriminator_optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    replay.filled = min(replay_size, len(checkpoint["replay_images"]))
+    replay.images[:replay.filled] = checkpoint["replay_images"][:replay.filled].to(device)
+    replay.latents[:replay.filled] = checkpoint["replay_latents"][:replay.filled].to(device)
+    torch.set_rng_state(checkpoint["rng"])
+    if checkpoint["cuda_rng"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+elif checkpoint and "decoder" in checkpoint["ready"]:
+    mse_iters = 0
+first_step, checkpoint = step, None  # frees its memory
+
+os.makedirs(out_dir, exist_ok=True)
+versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+log({"settings": settings, "versions": versions, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "compile": compile})
+print(f"teacher   {teacher}: {vae.class_name}, {vae.parameters:,} parameters, factor {vae.factor}, {vae.latent_channels} channels, "
+      f"scaling factor {vae.scaling_factor:g}, shift {vae.shift_factor:g}")
+print(f"student   width {width}: encoder {parameters(encoder):,}, decoder {parameters(decoder):,} parameters; "
+      f"discriminator {parameters(discriminator):,}")
+print(f"images    {len(images.train):,} to train on, {len(images.val):,} held out" if images.train else
+      "images    synthetic dead leaves, to try things out: a real run wants --data_dir=a folder of images")
+print(f"machine   {device}, {str(dtype).removeprefix('torch.')}, compile {'on' if compile else 'off'}, torch {torch.__version__}")
+
+val_real = images.held_out(eval_images, eval_size)[0].to(device, memory_format=torch.channels_last) / 255
+val_latent = chunked(vae.encode, val_real)
+val_teacher = chunked(vae.decode, val_latent)
+goal = measure(val_teacher, val_real)
+print(f"goal      the teacher's own round trip of the held-out images: psnr {goal['psnr']:.2f} dB, sharpness {goal['sharpness']:.2f}")
+
+stopping = False
+
+
+def stop_after_step(signum, frame):
+    """Ctrl-C or a preempted machine: finish the step, save, leave. A second Ctrl-C leaves at once."""
+    global stopping
+    stopping = True
+    signal.signal(signum, signal.SIG_DFL)
+
+
+signal.signal(signal.SIGINT, stop_after_step)
+signal.signal(signal.SIGTERM, stop_after_step)
+
+# -----------------------------------------------------------------------------
+# the loop
+figures, losses, n_losses, waited = {}, None, 0, 0.0
+train_seconds, report_seconds, clock = 0.0, 0.0, time.time()  # training alone: evaluations stop the clock
+loader = batches(images, crop, batch_size, color_augment, seed, workers, start=step)
+while True:
+    # look, save, stop
+    if step == max_iters or stopping or step % eval_interval == 0 and not (init_from == "resume" and step == first_step):
+        train_seconds += time.time() - clock
+        if not stopping:
+            figures = evaluate()
+            rate = (step - first_step) * batch_size / max(train_seconds, 1e-9)
+            log(progress(rate) | figures)
+            print(f"eval {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+        save()
+        clock = time.time()
+    if step >= max_iters or stopping:
+        break
+
+    # real images and the teacher's latents
+    waiting = time.time()
+    real = next(loader)
+    waited += time.time() - waiting
+    if device.type == "cuda":
+        real = real.pin_memory()
+    real = real.to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
+    latent = vae.encode(real)
+
+    # student
+    with amp:
+        encoder_loss = F.mse_loss(encoder(real).float(), latent) if train_encoder else torch.zeros((), device=device)
+        fake = decoder(latent).float() if train_decoder else real
+
+    # discriminator: a step of its own, on real images and on fakes new and old
+    decoder_loss = lowres = d_loss = torch.zeros((), device=device)
+    if adversarial and step >= mse_iters:
+        old_and_new_fake, its_latent = replay.mix(fake.detach(), latent)
+        with amp:
+            real_scores = discriminator(real, latent).float()
+            fake_scores = discriminator(old_and_new_fake, its_latent).float()
+        d_loss = discriminator_loss(real_scores, fake_scores)
+        discriminator_optimizer.zero_grad()
+        scaler.scale(d_loss).backward()
+        scaler.step(discriminator_optimizer)
+
+    # decoder: cannot be told from the real image, and keeps its colours
+    if train_decoder and step < mse_iters:
+        decoder_loss = F.mse_loss(fake, real)
+    elif train_decoder:
+        lowres = lowres_mse(fake, real)
+        decoder_loss = lowres_weight * lowres
+        if adversarial:
+            with amp:
+                with torch.no_grad():
+                    real_scores = discriminator(real, latent).float()
+                fake_scores = discriminator(fake, latent).float()
+            decoder_loss = decoder_loss + adversarial_weight * relativistic_distance(real_scores, fake_scores)
+
+    student_optimizer.zero_grad()
+    scaler.scale(encoder_loss + decoder_loss).backward(inputs=student)
+    scaler.step(student_optimizer)
+    scaler.update()
+    step += 1
+
+    # average the weights over images; early on over the last tenth of the run, so that the first noise is soon forgotten
+    halflife = min(ema_halflife, 0.1 * step * batch_size)
+    torch._foreach_lerp_(averages, student, 1 - 0.5 ** (batch_size / halflife))
+
+    # report; the losses stay on the device until then
+    terms = torch.stack([encoder_loss, decoder_loss, lowres, d_loss]).detach()
+    losses, n_losses = terms if losses is None else losses + terms, n_losses + 1
+    if step % log_interval == 0 or step == max_iters:
+        mean = dict(zip(("encoder_loss", "decoder_loss", "lowres_mse", "discriminator_loss"), (losses / n_losses).tolist()))
+        for name, value in mean.items():
+            if not torch.isfinite(torch.tensor(value)):
+                stop(f"step {step}: {name} is {value}; the checkpoint in {out_dir} is from before. "
+                     f"Go on with --init_from=resume and a smaller --learning_rate, or --dtype=float32")
+        now = train_seconds + time.time() - clock
+        rate = n_losses * batch_size / (now - report_seconds)
+        share = waited / (now - report_seconds)
+        log(progress(rate) | {name: round(value, 6) for name, value in mean.items()} |
+            {"data_wait": round(share, 3), "peak_memory_mb": peak_memory_mb()})
+        left = time.strftime("%H:%M:%S", time.gmtime((max_iters - step) * batch_size / rate))
+        print(f"step {step}/{max_iters}  {step * batch_size:,} images  {rate:.1f}/s  encoder {mean['encoder_loss']:.4f}  "
+              f"decoder {mean['decoder_loss']:.4f}  lowres {mean['lowres_mse']:.5f}  D {mean['discriminator_loss']:.3f}  "
+              f"waiting {share:.0%}  {peak_memory_mb()} MB  {left} left", flush=True)
+        losses, n_losses, waited, report_seconds = None, 0, 0.0, now
+
+loader.close()
+rate = (step - first_step) * batch_size / max(train_seconds, 1e-9)
+print(f"---\nout_dir: {out_dir}")
+for name, value in (progress(rate) | {"peak_memory_mb": peak_memory_mb(), "seconds": round(time.time() - started)} | figures).items():
+    print(f"{name}: {value}")
+if stopping:
+    print(f"stopped and saved at step {step}; go on with --out_dir={out_dir} --init_from=resume")
