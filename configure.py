@@ -92,3 +92,15 @@ def pick_dtype(name, device):
     if name not in ("float32", "bfloat16", "float16"):
         stop(f"--dtype={name}: must be auto, float32, bfloat16 or float16")
     return getattr(torch, name)
+
+
+def peak_memory_mb(device):
+    """Largest memory held so far: the GPU's as torch counts it, else the process's (0 where the system does not tell)."""
+    import torch
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))

@@ -27,7 +27,7 @@ class Images:
     Unreadable files are reported once, then skipped; more of them than readable ones stop the program.
     """
     def __init__(self, folder="", val_folder=""):
-        self.bad, self.lock = set(), threading.Lock()
+        self.bad, self.lock = {}, threading.Lock()  # path: why it cannot be read
         self.train = find_images(folder) if folder else []
         self.val = find_images(val_folder) if val_folder else []
         if self.train and not self.val:
@@ -46,7 +46,7 @@ class Images:
         except Exception as error:  # Pillow raises a dozen kinds on broken files
             with self.lock:
                 if path not in self.bad:
-                    self.bad.add(path)
+                    self.bad[path] = str(error)
                     print(f"skipped {path}: {error}", file=sys.stderr)
                 if len(self.bad) > (len(self.train) + len(self.val)) / 2:
                     stop(f"{os.path.dirname(path)}: more than half of the image files are unreadable, "
@@ -79,7 +79,8 @@ class Images:
                 if len(found) < n and (square := self.read(path, size, None)) is not None:
                     found.append((square, os.path.basename(path)))
             if not found:
-                stop(f"{os.path.dirname(self.val[0])}: none of the {len(self.val)} held-out images can be read")
+                path = self.val[0]
+                stop(f"{os.path.dirname(path)}: none of its {len(self.val)} held-out images can be read, for example {path}: {self.bad[path]}")
         squares, names = zip(*found)
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous(), list(names)
 

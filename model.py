@@ -125,6 +125,15 @@ def load_file(path):
         stop(f"{path}: not a readable weights file ({type(error).__name__}: {str(error).splitlines()[0]})")
 
 
+def load_checkpoint(out_dir):
+    """Read the ckpt.pt of a run, onto the CPU. Stops with one line if it is missing or not one of train.py's."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    checkpoint = load_file(path)
+    if not isinstance(checkpoint, dict) or not {"settings", "shape", "ema_encoder", "ema_decoder"} <= checkpoint.keys():
+        stop(f"{path}: not a checkpoint of train.py")
+    return checkpoint
+
+
 def save_taesd(path, module):
     """Write a plain float32 state dict: the taesd.py format (taesd_encoder.pth, taesd_decoder.pth)."""
     state = {key: value.detach().cpu().float().contiguous() for key, value in module.state_dict().items()}
@@ -159,10 +168,11 @@ def save_diffusers(path, encoder, decoder):
     """
     from diffusers import AutoencoderTiny
     width, depth = encoder[0].out_channels, sum(isinstance(layer, nn.Upsample) for layer in decoder)
-    vae = AutoencoderTiny(
-        latent_channels=encoder[-1].out_channels,
-        encoder_block_out_channels=(width,) * (depth + 1), num_encoder_blocks=(1,) + (3,) * depth,
-        decoder_block_out_channels=(width,) * (depth + 1), num_decoder_blocks=(3,) * depth + (1,))
+    with torch.random.fork_rng(devices=[]):  # its weights start random: leave the run's random state alone
+        vae = AutoencoderTiny(
+            latent_channels=encoder[-1].out_channels,
+            encoder_block_out_channels=(width,) * (depth + 1), num_encoder_blocks=(1,) + (3,) * depth,
+            decoder_block_out_channels=(width,) * (depth + 1), num_decoder_blocks=(3,) * depth + (1,))
     vae.encoder.layers.load_state_dict(encoder.state_dict())
     vae.decoder.layers.load_state_dict(nn.Sequential(*list(decoder)[1:]).state_dict())  # all but the Clamp
     save_file(path, vae.save_pretrained)

@@ -111,11 +111,11 @@ def milliseconds(decode, latents):
 @torch.no_grad()
 def main():
     from data import Images, find_images
-    from model import Decoder, Encoder, load_file, parameters
+    from model import Decoder, Encoder, load_checkpoint, parameters
     from teacher import Teacher
 
     place = pick_device(device)
-    checkpoint = load_file(os.path.join(out_dir, "ckpt.pt"))
+    checkpoint = load_checkpoint(out_dir)
     teacher = Teacher(checkpoint["settings"]["teacher"], place)
     encoder, decoder = Encoder(**checkpoint["shape"]), Decoder(**checkpoint["shape"])
     encoder.load_state_dict(checkpoint["ema_encoder"])

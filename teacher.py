@@ -60,15 +60,15 @@ class Teacher:
             self.scaling_factor, self.shift_factor, self.image_range = 1.0, 0.0, (0, 1)
             self.class_name = "taesd"
         else:
-            vae = load_autoencoder_kl(name)
+            vae = load_autoencoder_kl(name, dtype)
             self.encoder = lambda images: vae.encode(images).latent_dist.mode()
             self.decoder = lambda latents: vae.decode(latents).sample
             self.latent_channels, self.factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
             self.scaling_factor, self.shift_factor = vae.config.scaling_factor, vae.config.shift_factor or 0.0
             self.image_range, self.class_name = (-1, 1), "AutoencoderKL"
-        networks = [self.encoder, self.decoder] if self.class_name == "taesd" else [vae]
+        networks = [self.encoder.to(dtype), self.decoder.to(dtype)] if self.class_name == "taesd" else [vae]
         for network in networks:
-            network.to(self.device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+            network.to(device=self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.parameters = sum(p.numel() for network in networks for p in network.parameters())
 
     @torch.no_grad()
@@ -95,8 +95,8 @@ def partner(encoder_path):
     return os.path.join(folder, name.replace("encoder", "decoder"))
 
 
-def load_autoencoder_kl(name):
-    """Load a diffusers AutoencoderKL in float32 from a short name, a folder or the hub."""
+def load_autoencoder_kl(name, dtype):
+    """Load a diffusers AutoencoderKL from a short name, a folder or the hub."""
     from diffusers import AutoencoderKL
     where, _, subfolder = NAMES.get(name, name).partition("::")
     if os.path.isdir(where):
@@ -113,8 +113,7 @@ def load_autoencoder_kl(name):
     try:
         kind = AutoencoderKL.load_config(where, subfolder=subfolder or None).get("_class_name")
         if kind == "AutoencoderKL":
-            return AutoencoderKL.from_pretrained(where, subfolder=subfolder or None, torch_dtype=torch.float32,
-                                                 low_cpu_mem_usage=False)
+            return AutoencoderKL.from_pretrained(where, subfolder=subfolder or None, torch_dtype=dtype, low_cpu_mem_usage=False)
     except Exception as error:  # missing, cut off or mismatched weights: each library layer raises its own type
         stop(f"--teacher={name}: could not be loaded: {str(error)[:300]}")
     stop(f"--teacher={name}: its class is {kind}; supported are AutoencoderKL and taesd.py pairs")
@@ -191,7 +190,8 @@ def train():
     held_out, _ = images.held_out(64, crop)
     latents = vae.encode(held_out.to(place) / 127.5 - 1).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    save_file(out_dir, vae.to(torch.float16).save_pretrained)
+    torch.nn.Module.to(vae, torch.float16)  # half the size; the method of diffusers would warn
+    save_file(out_dir, vae.save_pretrained)
 
     teacher = Teacher(out_dir, place)
     held_out = images.held_out(8, 256)[0].to(place) / 255

@@ -19,16 +19,15 @@ import json
 import os
 import platform
 import signal
-import sys
 import time
 
 import diffusers
 import torch
 import torch.nn.functional as F
 
-from configure import configure, pick_device, pick_dtype, stop
+from configure import configure, peak_memory_mb, pick_device, pick_dtype, stop
 from data import Images, batches
-from model import (Decoder, Discriminator, Encoder, load_file, parameters, save_diffusers, save_file, save_taesd)
+from model import Decoder, Discriminator, Encoder, load_checkpoint, parameters, save_diffusers, save_file, save_taesd
 from sample import chunked, measure, picture
 from teacher import NAMES, Teacher
 
@@ -74,13 +73,13 @@ settings = configure(globals())
 checkpoint_path = os.path.join(out_dir, "ckpt.pt")
 checkpoint = None
 if init_from == "resume":
-    checkpoint = load_file(checkpoint_path)
-    globals().update(checkpoint["settings"])  # the run's own settings...
-    settings = configure(globals())           # ...but for what this command line says
+    checkpoint = load_checkpoint(out_dir)
+    globals().update({name: checkpoint["settings"].get(name, default) for name, default in settings.items()})  # the run's own settings...
+    settings = configure(globals())  # ...but for what this command line says
 elif os.path.exists(checkpoint_path):
     stop(f"--out_dir={out_dir}: holds a run already; --init_from=resume goes on with it, another --out_dir starts a new one")
 elif init_from != "scratch":
-    checkpoint = load_file(os.path.join(init_from, "ckpt.pt"))
+    checkpoint = load_checkpoint(init_from)
 
 
 def require(name, holds, rule):
@@ -123,6 +122,8 @@ if checkpoint:
         if checkpoint["shape"][key] != here:
             stop(f"--init_from={init_from}: its student has {key} {checkpoint['shape'][key]}, this run asks for {here}")
     for name, network in networks.items():
+        if init_from != "resume" and name in ("encoder", "decoder"):
+            name = f"ema_{name}"  # a new run starts from the averaged weights, the better ones
         network.load_state_dict(checkpoint[name])
 for network in networks.values():
     network.to(device, memory_format=torch.channels_last)
@@ -133,6 +134,7 @@ fused = device.type != "mps"
 student_optimizer = torch.optim.Adam(student, learning_rate, betas=(0.9, 0.9), amsgrad=True, fused=fused)
 discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), discriminator_lr, betas=(0.5, 0.99), fused=fused)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+optimizers = {"student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer, "scaler": scaler}
 amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 if compile:
     for network in (encoder, decoder, discriminator):
@@ -198,23 +200,13 @@ replay = ReplayBuffer(replay_size if adversarial else 0, (3, crop, crop), (vae.l
 # reports: evaluation, pictures, checkpoint, exports, log
 
 
-def peak_memory_mb():
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
-
-
 def log(record):
     with open(os.path.join(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def progress(images_per_second):
-    return {"step": step, "images_seen": step * batch_size, "images_per_second": round(images_per_second, 2)}
+    return {"step": step, "images_seen": images_seen, "images_per_second": round(images_per_second, 2)}
 
 
 @torch.no_grad()
@@ -223,7 +215,7 @@ def evaluate():
     with amp:
         latents = chunked(ema_encoder, val_real)
         from_teacher, from_student = chunked(ema_decoder, val_latent).clamp(0, 1), chunked(ema_decoder, latents).clamp(0, 1)
-        raw = chunked(decoder, val_latent).clamp(0, 1)
+        raw = chunked(decoder.forward, val_latent).clamp(0, 1)  # .forward: not compiled, for this size is another
     picture({"original": val_real[:8], f"teacher: {teacher}": val_teacher[:8],
              f"our decoder on the teacher's latents, step {step}": from_teacher[:8],
              "our encoder and decoder": from_student[:8]}, os.path.join(out_dir, "samples", f"{step:07d}.png"))
@@ -235,12 +227,13 @@ def evaluate():
 
 def save():
     """Everything that resume and sample.py need, then the averaged weights in the formats that others load."""
-    state = {name: network.state_dict() for name, network in networks.items()}
-    state |= {"settings": settings, "shape": shape, "step": step, "ready": ready, "held_out": (val_real * 255).round().byte(),
-              "student_optimizer": student_optimizer.state_dict(), "discriminator_optimizer": discriminator_optimizer.state_dict(),
-              "scaler": scaler.state_dict(), "replay_images": replay.images[:replay.filled],
-              "replay_latents": replay.latents[:replay.filled], "rng": torch.get_rng_state(),
-              "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+    state = {
+        "settings": settings, "shape": shape, "step": step, "images_seen": images_seen, "ready": ready,
+        "held_out": (val_real * 255).round().byte(),
+        "replay_images": replay.images[:replay.filled].clone(), "replay_latents": replay.latents[:replay.filled].clone(),
+        "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+    for name, part in (networks | optimizers).items():
+        state[name] = part.state_dict()
     save_file(checkpoint_path, lambda aside: torch.save(state, aside))
     for half in ready:
         save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), networks[f"ema_{half}"])
@@ -251,15 +244,14 @@ def save():
 # a half that was never trained is noise, and is not exported
 ready = [half for half, trained in (("encoder", train_encoder), ("decoder", train_decoder))
          if trained or checkpoint and half in checkpoint["ready"]]
-step = 0
+step = images_seen = 0
 if init_from == "resume":
     if replay.images.shape[1:] != checkpoint["replay_images"].shape[1:]:
         stop(f"--crop={crop}: a resumed run keeps its crop; to go on at another, start a new run with "
              f"--init_from={out_dir} and its own --out_dir")
-    step = checkpoint["step"]
-    student_optimizer.load_state_dict(checkpoint["student_optimizer"])
-    discriminator_optimizer.load_state_dict(checkpoint["discriminator_optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
+    step, images_seen = checkpoint["step"], checkpoint["images_seen"]
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(checkpoint[name])
     replay.filled = min(replay_size, len(checkpoint["replay_images"]))
     replay.images[:replay.filled] = checkpoint["replay_images"][:replay.filled].to(device)
     replay.latents[:replay.filled] = checkpoint["replay_latents"][:replay.filled].to(device)
@@ -267,12 +259,9 @@ if init_from == "resume":
     if checkpoint["cuda_rng"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 elif checkpoint and "decoder" in checkpoint["ready"]:
-    mse_iters = 0
-first_step, checkpoint = step, None  # frees its memory
+    mse_iters = settings["mse_iters"] = 0
+first_step, first_image, checkpoint = step, images_seen, None  # frees its memory
 
-os.makedirs(out_dir, exist_ok=True)
-versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
-log({"settings": settings, "versions": versions, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "compile": compile})
 print(f"teacher   {teacher}: {vae.class_name}, {vae.parameters:,} parameters, factor {vae.factor}, {vae.latent_channels} channels, "
       f"scaling factor {vae.scaling_factor:g}, shift {vae.shift_factor:g}")
 print(f"student   width {width}: encoder {parameters(encoder):,}, decoder {parameters(decoder):,} parameters; "
@@ -286,6 +275,10 @@ val_latent = chunked(vae.encode, val_real)
 val_teacher = chunked(vae.decode, val_latent)
 goal = measure(val_teacher, val_real)
 print(f"goal      the teacher's own round trip of the held-out images: psnr {goal['psnr']:.2f} dB, sharpness {goal['sharpness']:.2f}")
+os.makedirs(out_dir, exist_ok=True)
+versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+log({"settings": settings, "versions": versions, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "compile": compile,
+     "teacher": goal})
 
 stopping = False
 
@@ -311,8 +304,7 @@ while True:
         train_seconds += time.time() - clock
         if not stopping:
             figures = evaluate()
-            rate = (step - first_step) * batch_size / max(train_seconds, 1e-9)
-            log(progress(rate) | figures)
+            log(progress((images_seen - first_image) / max(train_seconds, 1e-9)) | figures)
             print(f"eval {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
         save()
         clock = time.time()
@@ -362,10 +354,10 @@ while True:
     scaler.scale(encoder_loss + decoder_loss).backward(inputs=student)
     scaler.step(student_optimizer)
     scaler.update()
-    step += 1
+    step, images_seen = step + 1, images_seen + batch_size
 
     # average the weights over images; early on over the last tenth of the run, so that the first noise is soon forgotten
-    halflife = min(ema_halflife, 0.1 * step * batch_size)
+    halflife = min(ema_halflife, 0.1 * images_seen)
     torch._foreach_lerp_(averages, student, 1 - 0.5 ** (batch_size / halflife))
 
     # report; the losses stay on the device until then
@@ -381,17 +373,17 @@ while True:
         rate = n_losses * batch_size / (now - report_seconds)
         share = waited / (now - report_seconds)
         log(progress(rate) | {name: round(value, 6) for name, value in mean.items()} |
-            {"data_wait": round(share, 3), "peak_memory_mb": peak_memory_mb()})
+            {"data_wait": round(share, 3), "peak_memory_mb": peak_memory_mb(device)})
         left = time.strftime("%H:%M:%S", time.gmtime((max_iters - step) * batch_size / rate))
-        print(f"step {step}/{max_iters}  {step * batch_size:,} images  {rate:.1f}/s  encoder {mean['encoder_loss']:.4f}  "
+        print(f"step {step}/{max_iters}  {images_seen:,} images  {rate:.1f}/s  encoder {mean['encoder_loss']:.4f}  "
               f"decoder {mean['decoder_loss']:.4f}  lowres {mean['lowres_mse']:.5f}  D {mean['discriminator_loss']:.3f}  "
-              f"waiting {share:.0%}  {peak_memory_mb()} MB  {left} left", flush=True)
+              f"waiting {share:.0%}  {peak_memory_mb(device)} MB  {left} left", flush=True)
         losses, n_losses, waited, report_seconds = None, 0, 0.0, now
 
 loader.close()
-rate = (step - first_step) * batch_size / max(train_seconds, 1e-9)
+rate = (images_seen - first_image) / max(train_seconds, 1e-9)
 print(f"---\nout_dir: {out_dir}")
-for name, value in (progress(rate) | {"peak_memory_mb": peak_memory_mb(), "seconds": round(time.time() - started)} | figures).items():
+for name, value in (progress(rate) | {"peak_memory_mb": peak_memory_mb(device), "seconds": round(time.time() - started)} | figures).items():
     print(f"{name}: {value}")
 if stopping:
     print(f"stopped and saved at step {step}; go on with --out_dir={out_dir} --init_from=resume")

@@ -1,0 +1,347 @@
+"""python -m pytest test_smoke.py: the real commands at tiny sizes, and the mathematics against values worked out by hand.
+
+Tests on real images and released weights look for them in $TAESD_TEST_DATA and skip where they are missing.
+"""
+import ast
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
+
+import configure
+import data
+import model
+import sample
+from teacher import Teacher
+
+HERE = Path(__file__).parent
+DATA = Path(os.environ.get("TAESD_TEST_DATA", HERE.parent / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no test images and weights at {DATA} (set TAESD_TEST_DATA)")
+TINY = ["--device=cpu", "--crop=32", "--batch_size=4", "--width=8", "--eval_images=2", "--eval_size=64", "--replay_size=8",
+        "--mse_iters=1", "--log_interval=1", "--workers=2"]
+
+
+def start(script, *arguments, **environment):
+    return subprocess.Popen([sys.executable, HERE / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | environment)
+
+
+def run(script, *arguments, **environment):
+    process = start(script, *arguments, **environment)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output
+
+
+def records(out_dir):
+    return [json.loads(line) for line in open(out_dir / "log.jsonl")]
+
+
+def real_images(n):
+    """The first n held-out images as [1,3,H,W] in [0,1], cropped from the top left to multiples of 8."""
+    for path in sorted((DATA / "val").iterdir())[:n]:
+        image = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None] / 255
+        yield image[..., :image.shape[-2] // 8 * 8, :image.shape[-1] // 8 * 8]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A short run with its own picture folder, shared by the tests that only look at it."""
+    folder, out = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("run") / "out"
+    (folder / "deeper").mkdir()
+    for i in range(24):
+        leaves = Image.fromarray(data.dead_leaves(80, np.random.default_rng(i)))
+        leaves.save(folder / ("deeper" if i % 2 else ".") / f"{i}.{('jpg', 'PNG', 'webp', 'JPEG')[i % 4]}")
+    (folder / "broken.jpg").write_text("not an image")
+    output = run("train.py", *TINY, f"--data_dir={folder}", f"--out_dir={out}", "--max_iters=40", "--eval_interval=20", "--learning_rate=3e-3",
+                 "--mse_iters=30")
+    return types.SimpleNamespace(folder=folder, out=out, output=output)
+
+
+# the networks and their files
+
+def test_networks():
+    assert model.parameters(model.Encoder(latent_channels=4)) == 1_222_532
+    assert model.parameters(model.Decoder(latent_channels=4)) == 1_222_531
+    for factor in (4, 8, 16, 32):
+        image = torch.rand(2, 3, 64, 64)
+        latent = model.Encoder(5, factor, 8)(image)
+        assert latent.shape == (2, 5, 64 // factor, 64 // factor)
+        assert model.Decoder(5, factor, 8)(latent).shape == image.shape
+        assert model.Discriminator(5)(image, latent).shape == (2, 5, *latent.shape[2:])
+
+
+def plain_taesd(width, channels):
+    """taesd.py's layout in plain torch, written without looking at model.py's classes."""
+    class B(nn.Module):
+        def __init__(self):
+            super().__init__()
+            c = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
+            self.conv = nn.Sequential(c[0], nn.ReLU(), c[1], nn.ReLU(), c[2])
+
+        def forward(self, x):
+            return (self.conv(x) + x).relu()
+
+    class C(nn.Module):
+        def forward(self, x):
+            return (x / 3).tanh() * 3
+
+    def down():
+        return nn.Conv2d(width, width, 3, 2, 1, bias=False), B(), B(), B()
+
+    def up():
+        return B(), B(), B(), nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, 1, 1, bias=False)
+    encoder = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1), B(), *down(), *down(), *down(), nn.Conv2d(width, channels, 3, 1, 1))
+    decoder = nn.Sequential(C(), nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), *up(), *up(), *up(), B(), nn.Conv2d(width, 3, 3, 1, 1))
+    return encoder, decoder
+
+
+@needs_data
+@torch.no_grad()
+def test_exports_give_the_same_pixels(tiny_run):
+    checkpoint = torch.load(tiny_run.out / "ckpt.pt", weights_only=True)
+    encoder, decoder = model.Encoder(**checkpoint["shape"]), model.Decoder(**checkpoint["shape"])
+    encoder.load_state_dict(checkpoint["ema_encoder"]), decoder.load_state_dict(checkpoint["ema_decoder"])
+    plain = plain_taesd(8, 4)
+    for network, half in zip(plain, ("encoder", "decoder")):
+        network.load_state_dict(torch.load(tiny_run.out / f"taesd_{half}.pth", weights_only=True), strict=True)
+    tiny = AutoencoderTiny.from_pretrained(tiny_run.out / "diffusers")
+    for image in real_images(5):
+        latent = encoder(image)
+        picture = decoder(latent)
+        assert (plain[0](image) - latent).abs().max() < 1e-5 and (plain[1](latent) - picture).abs().max() < 1e-5
+        assert (tiny.encode(image * 2 - 1).latents - latent).abs().max() < 1e-5
+        assert ((tiny.decode(latent).sample + 1) / 2 - picture).abs().max() < 1e-5
+
+
+@needs_data
+@torch.no_grad()
+def test_released_flux2_weights():
+    (encoder, shape), (decoder, _) = (model.load_taesd(DATA / "weights" / f"taef2_{half}.pth") for half in ("encoder", "decoder"))
+    assert shape == {"latent_channels": 32, "width": 64, "factor": 8, "midblock_gn": True}
+    figures = [sample.psnr(decoder(encoder(image)).clamp(0, 1), image).item() for image in real_images(100)]
+    assert np.mean(figures) == pytest.approx(31.4, abs=0.05)
+    teacher = Teacher(str(DATA / "weights" / "taef2_encoder.pth"))
+    image = next(real_images(1))[..., :64, :64]
+    assert torch.allclose(teacher.encode(image), encoder(image), atol=1e-4) and (teacher.latent_channels, teacher.factor) == (32, 8)
+
+
+# the teacher
+
+@torch.no_grad()
+def test_teacher_speaks_the_vae_s_language(tmp_path):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=3,
+                        block_out_channels=(8, 8, 8), norm_num_groups=4, scaling_factor=0.5, shift_factor=0.25).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    teacher, image = Teacher(str(tmp_path)), torch.rand(2, 3, 16, 24)  # the folder of a whole pipeline works, too
+    assert (teacher.latent_channels, teacher.factor, teacher.scaling_factor) == (3, 4, 0.5)
+    latent = (vae.encode(2 * image - 1).latent_dist.mean - 0.25) * 0.5
+    assert torch.allclose(teacher.encode(image), latent, atol=1e-6) and latent.shape == (2, 3, 4, 6)
+    assert torch.allclose(teacher.decode(latent), (vae.decode(latent / 0.5 + 0.25).sample / 2 + 0.5).clamp(0, 1), atol=1e-6)
+
+
+def test_toy_teacher_draws_recognisable_pictures():
+    teacher, (leaves, _) = Teacher("toy"), data.Images().held_out(8, 128)
+    latents = teacher.encode(leaves / 255)
+    assert latents.std() == pytest.approx(1, abs=0.15) and latents.mean().abs() < 0.3
+    assert sample.psnr(teacher.decode(latents), leaves / 255).mean() > 17
+    assert sum(path.stat().st_size for path in (HERE / "assets" / "toy_vae").iterdir()) < 2**20
+
+
+def test_sdxl_shaped_teacher_trains(tmp_path):
+    AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
+                  block_out_channels=(128, 256, 512, 512), scaling_factor=0.13025, sample_size=1024).save_pretrained(tmp_path / "sdxl")
+    output = run("train.py", *TINY, f"--teacher={tmp_path / 'sdxl'}", "--batch_size=2", "--max_iters=2", f"--out_dir={tmp_path / 'out'}")
+    assert "factor 8, 4 channels, scaling factor 0.13025" in output
+    assert records(tmp_path / "out")[-1]["images_seen"] == 4
+
+
+def test_teacher_trainer(tmp_path):
+    output = run("teacher.py", "--factor=16", "--latent_channels=6", "--max_iters=3", "--batch_size=2", "--vae_width=8", "--device=cpu",
+                 "--crop=32", f"--out_dir={tmp_path / 'f16'}")
+    teacher = Teacher(str(tmp_path / "f16"))
+    assert (teacher.factor, teacher.latent_channels) == (16, 6) and f"scaling_factor: {teacher.scaling_factor}" in output
+
+
+# the losses: train.py is a script, so its definitions are taken out of it
+
+@pytest.fixture(scope="session")
+def train():
+    tree = ast.parse((HERE / "train.py").read_text())
+    tree.body = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    scope = types.SimpleNamespace(torch=torch, F=F, device="cpu")
+    exec(compile(tree, "train.py", "exec"), vars(scope))
+    return scope
+
+
+def test_losses_by_hand(train):
+    real, fake = torch.tensor([1.0, 0.5]), torch.tensor([-1.0, 1.5])
+    assert train.relativistic_distance(real, fake).item() == pytest.approx((4 + 1) / 2)
+    assert train.discriminator_loss(real, fake).item() == pytest.approx((0 + 0.25) / 2 + (0 + 6.25) / 2)
+    dark, spotted = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)
+    spotted[0, 0, 0, 0] = 64.0  # the mean of one 8x8 patch of one channel becomes 1: 1 of 12 pooled values
+    assert train.lowres_mse(spotted, dark).item() == pytest.approx(1 / 12)
+
+
+def test_replay_is_half_new_half_old(train):
+    torch.manual_seed(0)
+    replay = train.ReplayBuffer(8, (3, 4, 4), (2, 1, 1))
+    for value in range(1, 4):  # fakes of one grey each, with that value in the latent
+        grey = torch.full((4, 3, 4, 4), value * 51 / 255)
+        mixed, latent = replay.mix(grey, torch.full((4, 2, 1, 1), float(value)))
+        assert (latent[:2] == value).all() and torch.allclose(mixed, latent[:, :1] * 51 / 255, atol=1e-6)
+    assert replay.filled == 8 and replay.images.dtype == torch.uint8
+    drawn = {replay.sample(1)[1][0, 0].item() for _ in range(100)}
+    assert drawn >= {3.0} and len(drawn) > 1  # the newest is in, older ones still are
+    unused = train.ReplayBuffer(0, (3, 4, 4), (2, 1, 1))
+    assert unused.mix(grey, latent)[0] is grey
+
+
+def test_measures_by_hand():
+    real, fake = torch.full((1, 3, 32, 32), 0.5), torch.full((1, 3, 32, 32), 0.6)
+    assert sample.psnr(fake, real).item() == pytest.approx(20, abs=1e-3)
+    assert sample.ssim(fake, real).item() == pytest.approx((2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4), abs=1e-3)
+    assert sample.lowres_mse(fake, real).item() == pytest.approx(0.01)
+    noise = torch.rand(2, 3, 32, 32)
+    assert sample.sharpness(noise * 0.5, noise).item() == pytest.approx(0.25)
+
+
+# the images
+
+def test_color_augmentation():
+    pure = np.zeros((4, 4, 3), np.uint8)
+    pure[..., 0] = 255
+    crops = [data.color_augmented(pure, np.random.default_rng(i)) for i in range(200)]
+    rng = np.random.default_rng(3)
+    matrix, blend = 0.5 + rng.standard_normal((3, 3), dtype=np.float32), rng.random(3, dtype=np.float32)
+    red = np.array([1.0, 0, 0])  # red picks out the matrix's first row
+    assert np.allclose(crops[3][0, 0], 255 * (red + blend * (np.clip(matrix[0], 0, 1) - red)), atol=1)
+    assert len({tuple(crop[0, 0]) for crop in crops}) > 100  # uint8 keeps them in [0,1]; they differ
+
+
+def test_batches_depend_on_seed_and_number_alone(tiny_run):
+    def first(n, workers, at=0, seed=1):
+        loader = data.batches(data.Images(str(tiny_run.folder)), 32, 3, 0.1, seed, workers, at)
+        return [next(loader) for _ in range(n)]
+    once, again = first(4, workers=1), first(4, workers=3)
+    assert all(torch.equal(a, b) for a, b in zip(once, again)) and torch.equal(first(1, 2, at=2)[0], once[2])
+    assert not torch.equal(once[0], once[1]) and not torch.equal(once[0], first(1, 1, seed=2)[0])
+    assert once[0].shape == (3, 3, 32, 32) and once[0].dtype == torch.uint8
+
+
+def test_held_out_files_stay_held_out(tiny_run):
+    images = data.Images(str(tiny_run.folder))
+    assert len(images.train) == 24 and len(images.val) == 1 and not set(images.train) & set(images.val)
+    assert images.val == data.Images(str(tiny_run.folder)).val
+
+
+@needs_data
+def test_awkward_files(capsys):
+    images = data.Images(str(DATA / "awkward"), str(DATA / "val"))
+    for i in range(20):
+        assert images.batch(64, 4, 0, [0, i]).shape == (4, 3, 64, 64)
+    assert {os.path.basename(path) for path in images.bad} == {
+        "one_pixel.png", "text_file.jpg", "thin_1x512.png", "tiny_31x17.png", "truncated_small.jpg", "zero_bytes.jpg"}
+    assert capsys.readouterr().err.count("skipped") == 6
+    upright = data.square_crop(DATA / "awkward" / "orient6.webp", 64)
+    assert not np.array_equal(upright, np.asarray(Image.open(DATA / "awkward" / "orient6.webp").convert("RGB").resize((64, 64))))
+
+
+# the commands
+
+def test_training_learns_and_leaves_everything(tiny_run):
+    lines, out = records(tiny_run.out), tiny_run.out
+    assert {"settings", "versions"} <= lines[0].keys() and lines[0]["settings"]["teacher"] == "toy"
+    assert all({"step", "images_seen", "images_per_second"} <= line.keys() for line in lines[1:])
+    evaluations = [line for line in lines if "val_psnr" in line]
+    assert [line["step"] for line in evaluations] == [0, 20, 40]
+    assert evaluations[-1]["val_psnr"] > evaluations[0]["val_psnr"] + 1 and evaluations[-1]["val_latent_mse"] < evaluations[0]["val_latent_mse"]
+    last = dict(line.split(": ") for line in tiny_run.output.split("---\n")[1].splitlines())
+    assert {"images_seen", "images_per_second", "peak_memory_mb", "val_psnr", "val_lowres_mse", "val_latent_mse", "val_sharpness"} <= last.keys()
+    assert last["images_seen"] == "160" and float(last["val_psnr"]) == evaluations[-1]["val_psnr"]
+    assert {path.name for path in out.iterdir()} == {"ckpt.pt", "diffusers", "log.jsonl", "samples", "taesd_decoder.pth", "taesd_encoder.pth"}
+    assert sorted(path.name for path in (out / "samples").iterdir()) == ["0000000.png", "0000020.png", "0000040.png"]
+
+
+def test_sample(tiny_run, tmp_path):
+    table = run("sample.py", f"--out_dir={tiny_run.out}", f"--picture_path={tmp_path / 'held_out.png'}", "--device=cpu")
+    assert all(row in table for row in ("teacher round trip", "our decoder", "our encoder and decoder"))
+    assert Image.open(tmp_path / "held_out.png").size == (64, 6 * (64 + 20))  # one of 25 files is held out
+    run("sample.py", f"--out_dir={tiny_run.out}", f"--images={tiny_run.folder / '0.jpg'}", "--size=48", f"--picture_path={tmp_path / 'one.png'}")
+    assert Image.open(tmp_path / "one.png").size == (48, 6 * (48 + 20))
+
+
+def test_resume_continues_as_if_never_stopped(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run("train.py", *TINY, "--max_iters=6", "--eval_interval=3", f"--out_dir={whole}")
+    run("train.py", *TINY, "--max_iters=3", "--eval_interval=3", f"--out_dir={parts}")
+    run("train.py", "--init_from=resume", "--max_iters=6", f"--out_dir={parts}")  # the rest comes from the checkpoint
+
+    def figures(out_dir):
+        timing = ("images_per_second", "data_wait", "peak_memory_mb")
+        return [{key: value for key, value in line.items() if key not in timing} for line in records(out_dir) if "step" in line]
+    assert figures(whole) == figures(parts) and len(figures(whole)) == 9
+
+
+def test_each_half_alone(tmp_path, tiny_run):
+    run("train.py", *TINY, "--max_iters=2", "--train_decoder=false", f"--out_dir={tmp_path / 'encoder'}")
+    assert not (tmp_path / "encoder" / "taesd_decoder.pth").exists() and (tmp_path / "encoder" / "taesd_encoder.pth").exists()
+    run("sample.py", f"--out_dir={tmp_path / 'encoder'}")
+    run("train.py", *TINY, "--max_iters=2", "--train_encoder=false", f"--init_from={tiny_run.out}", f"--out_dir={tmp_path / 'decoder'}")
+    before, after = (torch.load(out / "taesd_encoder.pth", weights_only=True) for out in (tiny_run.out, tmp_path / "decoder"))
+    assert all(torch.equal(before[key], after[key]) for key in before)  # frozen as it was loaded, and exported
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("echo hacked",)
+
+
+def test_mistakes_are_one_clear_line(tmp_path, tiny_run):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hostile").mkdir()
+    torch.save({"settings": Hostile()}, tmp_path / "hostile" / "ckpt.pt")
+    (tmp_path / "texts").mkdir()
+    for i in range(4):
+        (tmp_path / "texts" / f"{i}.jpg").write_text("not an image")
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "config.json").write_text('{"_class_name": "AutoencoderOobleck"}')
+    mistakes = {  # arguments: what the line must say
+        ("--lerning_rate=1",): "--learning_rate", ("--batch_size=big",): "whole number", ("--batch_size=0",): "more than 0",
+        ("--compile=maybe",): "auto, true or false", ("batch_size=8",): "--name=value", ("--crop=50",): "multiple",
+        ("--data_dir=nowhere",): "no such folder", (f"--data_dir={tmp_path / 'empty'}",): "holds no",
+        (f"--data_dir={tmp_path / 'texts'}",): "0.jpg", ("--teacher=sdlx",): "sdxl", ("--teacher=stranger/vae",): "local diffusers folder",
+        (f"--teacher={tmp_path / 'flux'}",): "AutoencoderOobleck", ("--teacher=gone_encoder.pth",): "no such file",
+        ("--init_from=resume",): "no such file", (f"--init_from={tmp_path / 'hostile'}",): "ckpt.pt",
+        ("--width=16", f"--init_from={tiny_run.out}"): "width", ("--device=tpu9",): "--device", (f"--out_dir={tiny_run.out}",): "resume"}
+    # an unreachable hub: a closed port of this machine
+    processes = {a: start("train.py", *TINY, f"--out_dir={tmp_path / 'out'}", *a, HF_ENDPOINT="http://127.0.0.1:9") for a in mistakes}
+    for arguments, words in mistakes.items():
+        output, errors = processes[arguments].communicate()
+        line = errors.strip().splitlines()[-1]
+        assert processes[arguments].returncode == 1 and line.startswith("error: ") and words in line, (arguments, errors)
+        assert "Traceback" not in errors and "hacked" not in output, (arguments, errors)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text("rate = 0.1   # a float\nsteps = 10   # an int\nfast = False   # a bool\nname = ''   # a text\nconfigure(globals())\n")
+    settings = {"__file__": str(script), "rate": 0.1, "steps": 10, "fast": False, "name": "", "other": 1}
+    assert configure.configure(settings, ["--rate=1", "--steps=1e5", "--fast=true", "--name=a=b"]) == {
+        "rate": 1.0, "steps": 100_000, "fast": True, "name": "a=b"}
+    assert settings["steps"] == 100_000 and settings["other"] == 1
+    with pytest.raises(SystemExit):
+        configure.configure(settings, ["--help"])
+    assert "a float [1.0]" in capsys.readouterr().out
