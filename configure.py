@@ -8,6 +8,8 @@ import difflib
 import re
 import sys
 
+import torch
+
 
 def stop(message):
     """End the program with one line on stderr and exit status 1: for mistakes that a user can mend."""
@@ -49,9 +51,12 @@ def configure(settings, arguments=None):
         def convert(text, name=name, kind=type(default)):
             parse, rule = RULES[kind]
             try:
-                return parse(text)
+                value = parse(text)
             except (ValueError, KeyError, OverflowError):
                 stop(f"--{name}={text}: must be {rule}, for example --{name}={default}")
+            if kind in (int, float) and not value >= 0:
+                stop(f"--{name}={text}: must be 0 or more")
+            return value
         parser.add_argument(f"--{name}", type=convert, default=default, metavar="",
                             help=f"{comments[name]} [{default!r}]".replace("%", "%%"))
     known, unknown = parser.parse_known_args(arguments)
@@ -65,12 +70,17 @@ def configure(settings, arguments=None):
     return vars(known)
 
 
+def require_positive(settings, *names):
+    for name in names:
+        if settings[name] <= 0:
+            stop(f"--{name}={settings[name]}: must be more than 0")
+
+
 # -----------------------------------------------------------------------------
 # settings whose 'auto' depends on the machine
 
 def pick_device(name):
     """'auto' -> cuda, else mps, else cpu. Stops with one line if the named device is not there."""
-    import torch
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -82,7 +92,6 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """'auto' -> bfloat16 where the hardware has it, float16 on older GPUs, else float32. Returns a torch.dtype."""
-    import torch
     if name == "auto":
         if device.type == "cuda":
             name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -96,7 +105,6 @@ def pick_dtype(name, device):
 
 def peak_memory_mb(device):
     """Largest memory held so far: the GPU's as torch counts it, else the process's (0 where the system does not tell)."""
-    import torch
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
     try:

@@ -1,6 +1,6 @@
 """Training crops: from a folder of images, or, without one, from an endless stream of synthetic "dead leaves".
 
-The only file that opens images. Everything leaves here as uint8 RGB, NCHW; batch k is a pure function of (seed, k).
+The only file that opens images. Batches leave here as uint8 RGB, NCHW; batch k is a pure function of (seed, k).
 """
 import os
 import sys
@@ -17,7 +17,7 @@ from configure import stop
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 HELD_OUT = 0.05  # share of a folder that is never trained on
-SYNTHETIC_VAL_SEED = 2**32  # training seeds are smaller: held-out leaves never appear in training
+SYNTHETIC_VAL_SEED = 2**32 - 1  # training seeds are smaller: held-out leaves never appear in training
 
 
 class Images:
@@ -31,13 +31,14 @@ class Images:
         self.train = find_images(folder) if folder else []
         self.val = find_images(val_folder) if val_folder else []
         if self.train and not self.val:
-            by_hash = in_hash_order(self.train, folder)
-            n_val = max(1, round(HELD_OUT * len(by_hash)))
-            self.train, self.val = by_hash[n_val:], by_hash[:n_val]
-            if not self.train:
-                stop(f"data_dir={folder}: holds one image; at least two are needed, one to train on and one held out")
-        else:
-            self.val = in_hash_order(self.val, val_folder)
+            crc = {path: name_crc(path, folder) for path in self.train}
+            threshold = max(HELD_OUT * 2**32, min(crc.values()))  # at least one
+            self.val = [path for path in self.train if crc[path] <= threshold]
+        held_out = set(map(os.path.abspath, self.val))  # a val_folder may lie inside folder
+        self.train = [path for path in self.train if os.path.abspath(path) not in held_out]
+        self.val.sort(key=lambda path: name_crc(path, val_folder or folder))  # as good as shuffled, the same everywhere
+        if folder and not self.train:
+            stop(f"--data_dir={folder}: nothing to train on: at least two images are needed, one of them to be held out")
 
     def read(self, path, size, rng):
         """A random crop of the file as [size,size,3] uint8 (rng=None: the centre square), or None if it is unreadable."""
@@ -48,15 +49,14 @@ class Images:
                 if path not in self.bad:
                     self.bad[path] = str(error)
                     print(f"skipped {path}: {error}", file=sys.stderr)
-                if len(self.bad) > (len(self.train) + len(self.val)) / 2:
-                    stop(f"{os.path.dirname(path)}: more than half of the image files are unreadable, "
-                         f"for example {path}: {error}")
 
     def crop(self, size, rng):
         """One random training crop, [size,size,3] uint8."""
         if not self.train:
             return dead_leaves(size, rng)
         while True:
+            if len(self.bad) > len(self.train) / 2:
+                stop(f"more than half of the image files cannot be read, for example {': '.join(next(iter(self.bad.items())))}")
             path = self.train[rng.integers(len(self.train))]
             if path not in self.bad and (crop := self.read(path, size, rng)) is not None:
                 return crop
@@ -66,23 +66,24 @@ class Images:
         rng = np.random.default_rng(seed)
         crops = [self.crop(size, rng) for _ in range(n)]
         crops = [color_augmented(crop, rng) if rng.random() < color_augment else crop for crop in crops]
-        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+        return to_tensor(crops)
 
     def held_out(self, n, size):
-        """The first n readable held-out images as centre squares: ([n,3,size,size] uint8, their names)."""
+        """The first n readable held-out images as centre squares, [n,3,size,size] uint8."""
+        found = []
         if not self.val:
-            rngs = [np.random.default_rng([SYNTHETIC_VAL_SEED, i]) for i in range(n)]
-            found = [(dead_leaves(size, rng), "synthetic") for rng in rngs]
-        else:
-            found = []
-            for path in self.val:
-                if len(found) < n and (square := self.read(path, size, None)) is not None:
-                    found.append((square, os.path.basename(path)))
-            if not found:
-                path = self.val[0]
-                stop(f"{os.path.dirname(path)}: none of its {len(self.val)} held-out images can be read, for example {path}: {self.bad[path]}")
-        squares, names = zip(*found)
-        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous(), list(names)
+            found = [dead_leaves(size, np.random.default_rng([SYNTHETIC_VAL_SEED, i])) for i in range(n)]
+        for path in self.val:
+            if len(found) < n and (square := self.read(path, size, None)) is not None:
+                found.append(square)
+        if not found:
+            stop(f"none of {len(self.val)} held-out images can be read, for example {': '.join(next(iter(self.bad.items())))}")
+        return to_tensor(found)
+
+
+def to_tensor(squares):
+    """A list of [H,W,3] uint8 arrays -> [N,3,H,W] uint8, channels_last."""
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
 
 def batches(images, size, n, color_augment, seed, workers, start=0):
@@ -101,7 +102,7 @@ def batches(images, size, n, color_augment, seed, workers, start=0):
                 ahead.append(submit(start + workers + 1))
                 yield ahead.popleft().result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 # -----------------------------------------------------------------------------
@@ -118,9 +119,9 @@ def find_images(folder):
     return found
 
 
-def in_hash_order(paths, folder):
-    """Sorted by the CRC of the name below `folder`: as good as shuffled, the same everywhere."""
-    return sorted(paths, key=lambda path: zlib.crc32(os.path.relpath(path, folder).replace(os.sep, "/").encode()))
+def name_crc(path, folder):
+    """A number below 2**32 that depends on the name below `folder` alone."""
+    return zlib.crc32(os.path.relpath(path, folder).replace(os.sep, "/").encode(errors="surrogateescape"))
 
 
 def square_crop(path, size, rng=None):
@@ -130,6 +131,7 @@ def square_crop(path, size, rng=None):
             raise ValueError(f"{image.width}x{image.height} pixels is less than half of {size}")
         if rng is None:
             image.draft("RGB", (2 * size, 2 * size))  # lets JPEG decode at a fraction of its size
+        image.load()  # a broken file fails here, before it has drawn any random numbers
         if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scale, for convert() would clip
             grey = np.asarray(image, dtype=np.float32)
             image = Image.fromarray((grey / (257 if grey.max() > 255 else 1)).astype(np.uint8))

@@ -106,12 +106,12 @@ def parameters(module):
 # files
 
 def save_file(path, write):
-    """Call write(temporary path), then rename: `path` is either complete or as it was before. Folders too."""
+    """Call write(temporary path), then rename: a file is complete or as it was before. A folder is replaced whole."""
+    path = os.path.normpath(path)
     aside = f"{path}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     write(aside)
-    if os.path.isdir(path):
-        shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)  # only a folder: os.replace cannot do those
     os.replace(aside, path)
 
 

@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from configure import configure, pick_device, stop
+from configure import configure, pick_device, require_positive, stop
+from data import Images, find_images
+from model import Decoder, Encoder, load_checkpoint, parameters, save_file
+from teacher import Teacher
 
 # -----------------------------------------------------------------------------
 # settings
 out_dir = "out"            # the run to look at
 images = ""                # an image or a folder; '' = the run's held-out images
 count = 8                  # how many images, at most
-size = 256                 # pixels: every image is shown and measured as a centre square of this side
-picture_path = ""          # where the picture goes; '' = samples/sample.png in out_dir
+size = 256                 # images= are shown and measured as centre squares of this side in pixels
 device = "auto"            # auto, cuda, mps or cpu
 # -----------------------------------------------------------------------------
 
@@ -83,7 +85,6 @@ def latent_colors(latents, size):
 
 def picture(rows, path):
     """Write {label: [N,3,H,W] images in [0,1]} as one PNG, a labelled row each."""
-    from model import save_file
     strips = [torch.cat(list(row.float().cpu().clamp(0, 1)), -1) for row in rows.values()]
     font, bar = ImageFont.load_default(14), 20
     sheet = Image.new("RGB", (strips[0].shape[-1], sum(strip.shape[-2] + bar for strip in strips)))
@@ -110,10 +111,7 @@ def milliseconds(decode, latents):
 
 @torch.no_grad()
 def main():
-    from data import Images, find_images
-    from model import Decoder, Encoder, load_checkpoint, parameters
-    from teacher import Teacher
-
+    require_positive(globals(), "count")
     place = pick_device(device)
     checkpoint = load_checkpoint(out_dir)
     teacher = Teacher(checkpoint["settings"]["teacher"], place)
@@ -127,9 +125,9 @@ def main():
             stop(f"--size={size}: must be 16 or more and a multiple of the teacher's factor, {teacher.factor}")
         found = Images()
         found.val = [images] if os.path.isfile(images) else find_images(images)
-        real, names = found.held_out(count, size)
+        real = found.held_out(count, size)
     else:
-        real, names = checkpoint["held_out"][:count], ["held out"]
+        real = checkpoint["held_out"][:count]
     real = real.to(place) / 255
 
     latents = chunked(teacher.encode, real)
@@ -147,10 +145,10 @@ def main():
             table["our encoder and decoder"] = (F.mse_loss(ours, latents).item(), milliseconds(decoder, ours),
                                                 parameters(encoder) + parameters(decoder))
 
-    path = picture_path or os.path.join(out_dir, "samples", "sample.png")
+    path = os.path.join(out_dir, "samples", "sample.png")
     picture(pictures | shown_latents, path)
     print(f"{out_dir}: step {checkpoint['step']}, teacher {checkpoint['settings']['teacher']}, {len(real)} images "
-          f"({', '.join(names)}) of {real.shape[-1]}x{real.shape[-1]}, {place} float32\n")
+          f"({images or 'held out'}) of {real.shape[-1]}x{real.shape[-1]}, {place} float32\n")
     print(f"{'':24} {'PSNR dB':>8} {'SSIM':>7} {'lowres MSE':>11} {'sharpness':>10} {'latent MSE':>11} {'decode ms':>10} {'parameters':>12}")
     for row, (latent_mse, decode_ms, n_parameters) in table.items():
         figures = measure(pictures[row], real)

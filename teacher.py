@@ -14,7 +14,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from configure import configure, pick_device, pick_dtype, stop
+from configure import configure, pick_device, pick_dtype, require_positive, stop
 from model import load_taesd, save_file
 
 # -----------------------------------------------------------------------------
@@ -28,11 +28,10 @@ vae_width = 32             # channels of every layer, a multiple of 8
 crop = 64                  # training crop in pixels, a multiple of the factor
 batch_size = 16            # crops a step
 max_iters = 6000           # steps
-learning_rate = 2e-3       # peak of AdamW's, after 200 steps; falls to 0 as a cosine
-kl_weight = 1e-4           # of the KL divergence per latent element, next to L1 per colour value
+learning_rate = 1e-3       # peak of AdamW's, after a tenth of the steps; then it falls to 0 as a cosine
+kl_weight = 3e-4           # of the KL divergence per latent element, next to L1 per colour value
 seed = 0                   # of the weights and of the crops
 device = "auto"            # auto, cuda, mps or cpu
-dtype = "auto"             # auto, float32, bfloat16 or float16
 workers = 2                # threads that make crops
 # -----------------------------------------------------------------------------
 
@@ -58,15 +57,15 @@ class Teacher:
             (self.encoder, shape), (self.decoder, _) = load_taesd(name), load_taesd(partner(name))
             self.latent_channels, self.factor = shape["latent_channels"], shape["factor"]
             self.scaling_factor, self.shift_factor, self.image_range = 1.0, 0.0, (0, 1)
-            self.class_name = "taesd"
+            self.class_name = "taesd.py pair"
         else:
             vae = load_autoencoder_kl(name, dtype)
             self.encoder = lambda images: vae.encode(images).latent_dist.mode()
             self.decoder = lambda latents: vae.decode(latents).sample
             self.latent_channels, self.factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
             self.scaling_factor, self.shift_factor = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-            self.image_range, self.class_name = (-1, 1), "AutoencoderKL"
-        networks = [self.encoder.to(dtype), self.decoder.to(dtype)] if self.class_name == "taesd" else [vae]
+            self.image_range, self.class_name, self.dtype = (-1, 1), "AutoencoderKL", vae.dtype
+        networks = [vae] if self.class_name == "AutoencoderKL" else [self.encoder.to(dtype), self.decoder.to(dtype)]
         for network in networks:
             network.to(device=self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.parameters = sum(p.numel() for network in networks for p in network.parameters())
@@ -111,7 +110,12 @@ def load_autoencoder_kl(name, dtype):
     else:
         check_hub(name, where, f"{subfolder}/config.json".lstrip("/"))
     try:
-        kind = AutoencoderKL.load_config(where, subfolder=subfolder or None).get("_class_name")
+        config = AutoencoderKL.load_config(where, subfolder=subfolder or None)
+        if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+            stop(f"--teacher={name}: normalises its latents by channel (latents_mean, latents_std), which is not supported yet")
+        if dtype == torch.float16 and config.get("force_upcast", True):
+            dtype = torch.float32  # the VAE says that it overflows in float16
+        kind = config.get("_class_name")
         if kind == "AutoencoderKL":
             return AutoencoderKL.from_pretrained(where, subfolder=subfolder or None, torch_dtype=dtype, low_cpu_mem_usage=False)
     except Exception as error:  # missing, cut off or mismatched weights: each library layer raises its own type
@@ -122,23 +126,21 @@ def load_autoencoder_kl(name, dtype):
 def check_hub(name, repo, filename):
     """Stop with a true reason if a file is neither cached nor on a reachable hub (diffusers would blame a missing file)."""
     import huggingface_hub as hub
-    from huggingface_hub import errors
     try:
-        return hub.hf_hub_download(repo, filename, local_files_only=True)
-    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        hub.hf_hub_download(repo, filename, local_files_only=True)
+        return
+    except Exception:  # not in the cache, or not even a repository's name
         pass
     try:
-        hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
-        hub.hf_hub_download(repo, filename)
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        stop(f"--teacher={name}: no such repository on {hub.constants.ENDPOINT}, or it needs `hf auth login`")
-    except errors.LocalEntryNotFoundError as error:
-        stop(f"--teacher={name}: {hub.constants.ENDPOINT} did not give {filename}: {error.__cause__ or error}")
-    except errors.EntryNotFoundError:
-        stop(f"--teacher={name}: the repository has no {filename}; if its VAE lies in a subfolder, write {repo}::vae")
-    except Exception as error:  # httpx or requests: no route, no name, a proxy's refusal
+        hub.get_session().head(hub.constants.ENDPOINT, timeout=10)  # hf_hub_download alone would retry for half a minute
+    except Exception as error:
         stop(f"--teacher={name}: not in the local cache, and {hub.constants.ENDPOINT} could not be reached "
              f"({type(error).__name__}); --teacher= also takes a local diffusers folder, and --teacher=toy needs no network")
+    try:
+        hub.hf_hub_download(repo, filename)
+    except Exception as error:  # no such repository, gated, or its VAE in a subfolder
+        stop(f"--teacher={name}: {type(error).__name__} for {filename}: {error} (a VAE in a subfolder: {repo}::vae; a private or "
+             f"gated repository: hf auth login)")
 
 
 # -----------------------------------------------------------------------------
@@ -149,14 +151,17 @@ def train():
     from data import Images, batches
     from sample import picture, psnr
 
+    require_positive(globals(), "latent_channels", "batch_size", "max_iters", "workers", "learning_rate")
+    if os.path.isdir(out_dir) and os.listdir(out_dir):
+        stop(f"--out_dir={out_dir}: holds files already; choose a new folder")
     place = pick_device(device)
-    amp = torch.autocast(place.type, pick_dtype(dtype, place), enabled=pick_dtype(dtype, place) != torch.float32)
+    amp = torch.autocast(place.type, torch.bfloat16, enabled=pick_dtype("auto", place) == torch.bfloat16)
     torch.manual_seed(seed)
     depth = factor.bit_length()  # factor 8: four stages, three halvings
     if factor != 2 ** (depth - 1) or factor < 2:
         stop(f"--factor={factor}: must be a power of two, 2 or more")
-    if crop % factor or crop < factor:
-        stop(f"--crop={crop}: must be a multiple of the factor, {factor}")
+    if crop % factor or crop < 16:
+        stop(f"--crop={crop}: must be 16 or more and a multiple of the factor, {factor}")
     if vae_width % 8 or vae_width < 8:
         stop(f"--vae_width={vae_width}: must be a multiple of 8")
     vae = AutoencoderKL(
@@ -165,39 +170,42 @@ def train():
         mid_block_add_attention=False, force_upcast=False).to(place)
     images = Images(data_dir, val_dir)
     optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max_iters, pct_start=0.1, cycle_momentum=False)
     start = time.time()
     for step, batch in enumerate(batches(images, crop, batch_size, 0.07, seed, workers)):
         if step == max_iters:
             break
-        remaining = 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * step / max_iters)).item()
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 200) * remaining
         real = batch.to(place) / 127.5 - 1
         with amp:
             posterior = vae.encode(real).latent_dist
             fake = vae.decode(posterior.sample()).sample
-        l1 = F.l1_loss(fake.float(), real)
+        # twice: of the pixels, and of 8x8 patches, without which the first thousands of steps see no colour at all
+        l1 = F.l1_loss(fake.float(), real) + F.l1_loss(F.avg_pool2d(fake.float(), 8), F.avg_pool2d(real, 8))
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad()
         (l1 + kl_weight * kl).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         if step % 100 == 0:
             rate = (step + 1) / (time.time() - start)
             print(f"step {step}/{max_iters}  l1 {l1.item():.4f}  kl {kl.item():.2f}  {rate * batch_size:.0f} images/s  "
                   f"{(max_iters - step) / rate / 60:.1f} min left", flush=True)
+        if step % 500 == 0:
+            picture({"original": real[:8] / 2 + 0.5, f"round trip, step {step}": fake[:8] / 2 + 0.5}, os.path.normpath(out_dir) + ".png")
 
     vae.eval().requires_grad_(False)
-    held_out, _ = images.held_out(64, crop)
-    latents = vae.encode(held_out.to(place) / 127.5 - 1).latent_dist.mode()
+    latents = vae.encode(images.held_out(64, crop).to(place) / 127.5 - 1).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     torch.nn.Module.to(vae, torch.float16)  # half the size; the method of diffusers would warn
     save_file(out_dir, vae.save_pretrained)
 
     teacher = Teacher(out_dir, place)
-    held_out = images.held_out(8, 256)[0].to(place) / 255
-    latents, round_trip = teacher.encode(held_out), teacher.decode(teacher.encode(held_out))
-    picture({"original": held_out, "round trip": round_trip}, os.path.join(out_dir, "round_trip.png"))
-    print(f"wrote {out_dir}\nscaling_factor: {teacher.scaling_factor}\nparameters: {teacher.parameters}\n"
+    held_out = images.held_out(8, 256).to(place) / 255
+    latents = teacher.encode(held_out)
+    round_trip = teacher.decode(latents)
+    picture({"original": held_out, "round trip": round_trip}, os.path.normpath(out_dir) + ".png")
+    print(f"---\nout_dir: {out_dir}\nscaling_factor: {teacher.scaling_factor}\nparameters: {teacher.parameters}\n"
           f"latent_mean: {latents.mean((0, 2, 3)).tolist()}\nlatent_std: {latents.std((0, 2, 3)).tolist()}\n"
           f"val_psnr: {psnr(round_trip, held_out).mean():.2f}")
 

@@ -5,8 +5,11 @@ Tests on real images and released weights look for them in $TAESD_TEST_DATA and 
 import ast
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -152,7 +155,7 @@ def test_teacher_speaks_the_vae_s_language(tmp_path):
 
 
 def test_toy_teacher_draws_recognisable_pictures():
-    teacher, (leaves, _) = Teacher("toy"), data.Images().held_out(8, 128)
+    teacher, leaves = Teacher("toy"), data.Images().held_out(8, 128)
     latents = teacher.encode(leaves / 255)
     assert latents.std() == pytest.approx(1, abs=0.15) and latents.mean().abs() < 0.3
     assert sample.psnr(teacher.decode(latents), leaves / 255).mean() > 17
@@ -180,7 +183,7 @@ def test_teacher_trainer(tmp_path):
 def train():
     tree = ast.parse((HERE / "train.py").read_text())
     tree.body = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    scope = types.SimpleNamespace(torch=torch, F=F, device="cpu")
+    scope = types.SimpleNamespace(torch=torch, F=F, math=None, device="cpu")
     exec(compile(tree, "train.py", "exec"), vars(scope))
     return scope
 
@@ -240,10 +243,17 @@ def test_batches_depend_on_seed_and_number_alone(tiny_run):
     assert once[0].shape == (3, 3, 32, 32) and once[0].dtype == torch.uint8
 
 
-def test_held_out_files_stay_held_out(tiny_run):
+def test_held_out_files_stay_held_out(tiny_run, tmp_path):
     images = data.Images(str(tiny_run.folder))
-    assert len(images.train) == 24 and len(images.val) == 1 and not set(images.train) & set(images.val)
-    assert images.val == data.Images(str(tiny_run.folder)).val
+    assert len(images.train) + len(images.val) == 25 and images.val and not set(images.train) & set(images.val)
+    shutil.copytree(tiny_run.folder, tmp_path / "more")
+    for i in range(50):
+        shutil.copy(tiny_run.folder / "0.jpg", tmp_path / "more" / f"new{i}.jpg")
+    more = data.Images(str(tmp_path / "more"))
+    assert {os.path.basename(path) for path in images.val} <= {os.path.basename(path) for path in more.val} and len(more.train) > 60
+    assert not torch.equal(data.Images().held_out(1, 32), data.Images().batch(32, 1, 0, [0, 1]))  # the synthetic ones, too
+    inside = data.Images(str(tiny_run.folder), str(tiny_run.folder / "deeper"))
+    assert len(inside.train) == 13 and len(inside.val) == 12
 
 
 @needs_data
@@ -274,12 +284,12 @@ def test_training_learns_and_leaves_everything(tiny_run):
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["0000000.png", "0000020.png", "0000040.png"]
 
 
-def test_sample(tiny_run, tmp_path):
-    table = run("sample.py", f"--out_dir={tiny_run.out}", f"--picture_path={tmp_path / 'held_out.png'}", "--device=cpu")
+def test_sample(tiny_run):
+    table = run("sample.py", f"--out_dir={tiny_run.out}", "--device=cpu")
     assert all(row in table for row in ("teacher round trip", "our decoder", "our encoder and decoder"))
-    assert Image.open(tmp_path / "held_out.png").size == (64, 6 * (64 + 20))  # one of 25 files is held out
-    run("sample.py", f"--out_dir={tiny_run.out}", f"--images={tiny_run.folder / '0.jpg'}", "--size=48", f"--picture_path={tmp_path / 'one.png'}")
-    assert Image.open(tmp_path / "one.png").size == (48, 6 * (48 + 20))
+    assert Image.open(tiny_run.out / "samples" / "sample.png").size == (2 * 64, 6 * (64 + 20))
+    run("sample.py", f"--out_dir={tiny_run.out}", f"--images={tiny_run.folder / '0.jpg'}", "--size=48", "--device=cpu")
+    assert Image.open(tiny_run.out / "samples" / "sample.png").size == (48, 6 * (48 + 20))
 
 
 def test_resume_continues_as_if_never_stopped(tmp_path):
@@ -292,6 +302,17 @@ def test_resume_continues_as_if_never_stopped(tmp_path):
         timing = ("images_per_second", "data_wait", "peak_memory_mb")
         return [{key: value for key, value in line.items() if key not in timing} for line in records(out_dir) if "step" in line]
     assert figures(whole) == figures(parts) and len(figures(whole)) == 9
+
+
+def test_a_stopped_run_is_saved(tmp_path):
+    process = start("train.py", *TINY, "--max_iters=100000", "--eval_interval=100000", f"--out_dir={tmp_path / 'out'}")
+    while '"encoder_mse"' not in (tmp_path / "out" / "log.jsonl").read_text() if (tmp_path / "out" / "log.jsonl").exists() else process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate()
+    assert process.returncode == 0 and "--init_from=resume" in output, errors
+    step = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"]
+    assert step > 0 and records(tmp_path / "out")[-1]["step"] == step
 
 
 def test_each_half_alone(tmp_path, tiny_run):
@@ -317,11 +338,13 @@ def test_mistakes_are_one_clear_line(tmp_path, tiny_run):
         (tmp_path / "texts" / f"{i}.jpg").write_text("not an image")
     (tmp_path / "flux").mkdir()
     (tmp_path / "flux" / "config.json").write_text('{"_class_name": "AutoencoderOobleck"}')
+    unreadable, half = f"--data_dir={tmp_path / 'texts'}", "more than half"
     mistakes = {  # arguments: what the line must say
         ("--lerning_rate=1",): "--learning_rate", ("--batch_size=big",): "whole number", ("--batch_size=0",): "more than 0",
         ("--compile=maybe",): "auto, true or false", ("batch_size=8",): "--name=value", ("--crop=50",): "multiple",
         ("--data_dir=nowhere",): "no such folder", (f"--data_dir={tmp_path / 'empty'}",): "holds no",
-        (f"--data_dir={tmp_path / 'texts'}",): "0.jpg", ("--teacher=sdlx",): "sdxl", ("--teacher=stranger/vae",): "local diffusers folder",
+        (unreadable,): ".jpg", (unreadable, f"--val_dir={tiny_run.folder}"): half, ("--learning_rate=-1",): "0 or more",
+        ("--teacher=sdlx",): "sdxl", ("--teacher=stranger/vae",): "local diffusers folder",
         (f"--teacher={tmp_path / 'flux'}",): "AutoencoderOobleck", ("--teacher=gone_encoder.pth",): "no such file",
         ("--init_from=resume",): "no such file", (f"--init_from={tmp_path / 'hostile'}",): "ckpt.pt",
         ("--width=16", f"--init_from={tiny_run.out}"): "width", ("--device=tpu9",): "--device", (f"--out_dir={tiny_run.out}",): "resume"}

@@ -1,9 +1,9 @@
-"""Train a tiny autoencoder (TAESD) that speaks the latent language of a big VAE, the teacher.
+r"""Train a tiny autoencoder (TAESD) that speaks the latent language of a big VAE, the teacher.
 
     python train.py --teacher=sdxl --batch_size=16 --data_dir=pictures
 
                 real image x [0,1]
-               /         |         \\
+               /         |         \
       teacher.encode     |       encoder --> latent'     encoder loss: latent' = latent
               |          |
             latent ------|---> decoder --> fake          decoder loss: fake cannot be told from x, nor its colours
@@ -14,8 +14,10 @@ The encoder copies the teacher's latents. The decoder is a conditional GAN on re
 shift colour. The method is that of the TAESD author, from github.com/madebyollin/taesd, issues 2 and 11, and his seraena.
 """
 import copy
+import datetime
 import importlib.util
 import json
+import math
 import os
 import platform
 import signal
@@ -25,7 +27,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 
-from configure import configure, peak_memory_mb, pick_device, pick_dtype, stop
+from configure import configure, peak_memory_mb, pick_device, pick_dtype, require_positive, stop
 from data import Images, batches
 from model import Decoder, Discriminator, Encoder, load_checkpoint, parameters, save_diffusers, save_file, save_taesd
 from sample import chunked, measure, picture
@@ -70,13 +72,13 @@ compile = "auto"             # torch.compile: auto (on a GPU), true or false
 # -----------------------------------------------------------------------------
 started = time.time()
 settings = configure(globals())
-checkpoint_path = os.path.join(out_dir, "ckpt.pt")
 checkpoint = None
 if init_from == "resume":
     checkpoint = load_checkpoint(out_dir)
-    globals().update({name: checkpoint["settings"].get(name, default) for name, default in settings.items()})  # the run's own settings...
+    before = {name: value for name, value in checkpoint["settings"].items() if name in settings and name not in ("out_dir", "init_from")}
+    globals().update(before)         # the run's own settings...
     settings = configure(globals())  # ...but for what this command line says
-elif os.path.exists(checkpoint_path):
+elif os.path.exists(os.path.join(out_dir, "ckpt.pt")):
     stop(f"--out_dir={out_dir}: holds a run already; --init_from=resume goes on with it, another --out_dir starts a new one")
 elif init_from != "scratch":
     checkpoint = load_checkpoint(init_from)
@@ -87,49 +89,37 @@ def require(name, holds, rule):
         stop(f"--{name}={globals()[name]}: {rule}")
 
 
-for name in "max_iters batch_size workers width log_interval eval_interval eval_images learning_rate discriminator_lr ema_halflife".split():
-    require(name, globals()[name] > 0, "must be more than 0")
-for name in "seed adversarial_weight lowres_weight mse_iters replay_size".split():
-    require(name, globals()[name] >= 0, "must be 0 or more")
-require("color_augment", 0 <= color_augment <= 1, "must be between 0 and 1")
+require_positive(settings, "max_iters", "batch_size", "workers", "width", "log_interval", "eval_interval", "eval_images", "learning_rate",
+                 "discriminator_lr", "ema_halflife")
+require("seed", seed < 2**32 - 1, "must be less than 2**32 - 1")
+require("color_augment", color_augment <= 1, "must be between 0 and 1")
 require("replay_size", replay_size == 0 or replay_size >= batch_size, f"must be 0 or at least the batch size, {batch_size}")
 require("train_decoder", train_encoder or train_decoder, "nothing is left to train: train_encoder is false, too")
 require("compile", compile in ("auto", "true", "false"), "must be auto, true or false")
-
-for name in ("teacher", "data_dir", "val_dir"):  # sample.py and resume may be called from another folder
-    if settings[name] not in NAMES and os.path.exists(settings[name]):
-        settings[name] = os.path.abspath(settings[name])
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 compile = compile == "true" or compile == "auto" and device.type == "cuda" and importlib.util.find_spec("triton") is not None
+for name in ("teacher", "data_dir", "val_dir"):  # so that sample.py and resume may be called from another folder
+    if settings[name] not in NAMES and os.path.exists(settings[name]):
+        settings[name] = os.path.abspath(settings[name])
 images = Images(data_dir, val_dir)
 vae = Teacher(teacher, device, dtype)
-require("crop", crop >= 16 and crop % vae.factor == 0, f"must be 16 or more and a multiple of the teacher's factor, {vae.factor}")
-require("eval_size", eval_size >= 16 and eval_size % vae.factor == 0, f"must be 16 or more and a multiple of the factor, {vae.factor}")
+for name in ("crop", "eval_size"):
+    require(name, globals()[name] >= 16 and globals()[name] % vae.factor == 0, f"must be 16 or more and a multiple of the teacher's factor, {vae.factor}")
 
 # -----------------------------------------------------------------------------
 # networks and optimizers
 torch.manual_seed(seed)
-encoder = Encoder(vae.latent_channels, vae.factor, width)
-decoder = Decoder(vae.latent_channels, vae.factor, width)
-discriminator = Discriminator(vae.latent_channels)
-networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator,
-            "ema_encoder": copy.deepcopy(encoder), "ema_decoder": copy.deepcopy(decoder)}
-ema_encoder, ema_decoder = networks["ema_encoder"].requires_grad_(False), networks["ema_decoder"].requires_grad_(False)
 shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": width}
-if checkpoint:
-    for key, here in shape.items():
-        if checkpoint["shape"][key] != here:
-            stop(f"--init_from={init_from}: its student has {key} {checkpoint['shape'][key]}, this run asks for {here}")
-    for name, network in networks.items():
-        if init_from != "resume" and name in ("encoder", "decoder"):
-            name = f"ema_{name}"  # a new run starts from the averaged weights, the better ones
-        network.load_state_dict(checkpoint[name])
+encoder, decoder, discriminator = Encoder(**shape), Decoder(**shape), Discriminator(vae.latent_channels)
+ema_encoder, ema_decoder = copy.deepcopy(encoder).requires_grad_(False), copy.deepcopy(decoder).requires_grad_(False)
+networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator, "ema_encoder": ema_encoder, "ema_decoder": ema_decoder}
 for network in networks.values():
     network.to(device, memory_format=torch.channels_last)
+encoder.requires_grad_(train_encoder)
+decoder.requires_grad_(train_decoder)
+student, averages = [*encoder.parameters(), *decoder.parameters()], [*ema_encoder.parameters(), *ema_decoder.parameters()]
 
-student = [p for half, trained in ((encoder, train_encoder), (decoder, train_decoder)) if trained for p in half.parameters()]
-averages = [p for half, trained in ((ema_encoder, train_encoder), (ema_decoder, train_decoder)) if trained for p in half.parameters()]
 fused = device.type != "mps"
 student_optimizer = torch.optim.Adam(student, learning_rate, betas=(0.9, 0.9), amsgrad=True, fused=fused)
 discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), discriminator_lr, betas=(0.5, 0.99), fused=fused)
@@ -141,7 +131,69 @@ if compile:
         network.compile()
 
 # -----------------------------------------------------------------------------
-# the losses
+# reports: evaluation, picture, checkpoint, exports, log
+
+
+def log(record):
+    with open(os.path.join(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def progress(images_per_second):
+    return {"step": step, "images_seen": images_seen, "images_per_second": round(images_per_second, 2)}
+
+
+def check_finite(record):
+    for name, value in record.items():
+        if not math.isfinite(value):
+            stop(f"step {step}: {name} is {value}. The checkpoint in {out_dir} is from before; go on with --init_from=resume and "
+                 f"a smaller --learning_rate, or --dtype=float32")
+
+
+@torch.no_grad()
+def evaluate():
+    """Held-out figures of the averaged weights, and a picture. Latent errors are in units of the latents' own variance, 1."""
+    with amp:
+        latents = chunked(ema_encoder, val_real)
+        from_teacher, from_student = chunked(ema_decoder, val_latent).clamp(0, 1), chunked(ema_decoder, latents).clamp(0, 1)
+        raw = chunked(decoder.forward, val_latent).clamp(0, 1)  # .forward: not compiled, for this size is another
+    picture({"original": val_real[:8], f"teacher: {teacher}": val_teacher[:8],
+             f"our decoder on the teacher's latents, step {step}": from_teacher[:8],
+             "our encoder and decoder": from_student[:8]}, os.path.join(out_dir, "samples", f"{step:07d}.png"))
+    figures = {f"val_{name}": value for name, value in measure(from_teacher, val_real).items()}
+    figures["val_latent_mse"] = F.mse_loss(latents, val_latent).item()
+    figures["val_psnr_raw"] = measure(raw, val_real)["psnr"]  # of the weights as they are, not averaged
+    return {name: round(value, 6) for name, value in figures.items()}
+
+
+def save():
+    """Everything that resume and sample.py need, then the averaged weights in the formats that others load."""
+    state = {
+        "settings": settings, "shape": shape, "step": step, "images_seen": images_seen, "images_averaged": images_averaged,
+        "ready": ready, "held_out": (val_real * 255).round().byte(),
+        "replay_images": replay.images[:replay.filled].clone(), "replay_latents": replay.latents[:replay.filled].clone(),
+        "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+    for name, part in (networks | optimizers).items():
+        state[name] = part.state_dict()
+    save_file(os.path.join(out_dir, "ckpt.pt"), lambda aside: torch.save(state, aside))
+    for half in ready:
+        save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), networks[f"ema_{half}"])
+    if len(ready) == 2:
+        save_diffusers(os.path.join(out_dir, "diffusers"), ema_encoder, ema_decoder)
+
+
+stopping = False
+
+
+def stop_after_step(signum, frame):
+    """Ctrl-C or a preempted machine: finish the step, save, leave. A second Ctrl-C leaves at once."""
+    global stopping
+    stopping = True
+    signal.signal(signum, signal.SIG_DFL)
+
+
+# -----------------------------------------------------------------------------
+# the losses, and the memory of fakes
 
 
 def discriminator_loss(real_scores, fake_scores):
@@ -193,117 +245,77 @@ class ReplayBuffer:
         return torch.cat([fake[n:], old_fake]), torch.cat([latent[n:], old_latent])
 
 
+# -----------------------------------------------------------------------------
+# start, or go on
 adversarial = train_decoder and adversarial_weight > 0
 replay = ReplayBuffer(replay_size if adversarial else 0, (3, crop, crop), (vae.latent_channels, crop // vae.factor, crop // vae.factor))
-
-# -----------------------------------------------------------------------------
-# reports: evaluation, pictures, checkpoint, exports, log
-
-
-def log(record):
-    with open(os.path.join(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def progress(images_per_second):
-    return {"step": step, "images_seen": images_seen, "images_per_second": round(images_per_second, 2)}
-
-
-@torch.no_grad()
-def evaluate():
-    """Held-out figures of the averaged weights, and a picture. Latent errors are in units of the latents' own variance 1."""
-    with amp:
-        latents = chunked(ema_encoder, val_real)
-        from_teacher, from_student = chunked(ema_decoder, val_latent).clamp(0, 1), chunked(ema_decoder, latents).clamp(0, 1)
-        raw = chunked(decoder.forward, val_latent).clamp(0, 1)  # .forward: not compiled, for this size is another
-    picture({"original": val_real[:8], f"teacher: {teacher}": val_teacher[:8],
-             f"our decoder on the teacher's latents, step {step}": from_teacher[:8],
-             "our encoder and decoder": from_student[:8]}, os.path.join(out_dir, "samples", f"{step:07d}.png"))
-    figures = {f"val_{name}": value for name, value in measure(from_teacher, val_real).items()}
-    figures["val_latent_mse"] = F.mse_loss(latents, val_latent).item()
-    figures["val_psnr_raw"] = measure(raw, val_real)["psnr"]  # of the weights as they are, not averaged
-    return {name: round(value, 6) for name, value in figures.items()}
-
-
-def save():
-    """Everything that resume and sample.py need, then the averaged weights in the formats that others load."""
-    state = {
-        "settings": settings, "shape": shape, "step": step, "images_seen": images_seen, "ready": ready,
-        "held_out": (val_real * 255).round().byte(),
-        "replay_images": replay.images[:replay.filled].clone(), "replay_latents": replay.latents[:replay.filled].clone(),
-        "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-    for name, part in (networks | optimizers).items():
-        state[name] = part.state_dict()
-    save_file(checkpoint_path, lambda aside: torch.save(state, aside))
-    for half in ready:
-        save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), networks[f"ema_{half}"])
-    if len(ready) == 2:
-        save_diffusers(os.path.join(out_dir, "diffusers"), ema_encoder, ema_decoder)
-
-
-# a half that was never trained is noise, and is not exported
-ready = [half for half, trained in (("encoder", train_encoder), ("decoder", train_decoder))
-         if trained or checkpoint and half in checkpoint["ready"]]
-step = images_seen = 0
+step = images_seen = images_averaged = 0
+ready = [half for half in ("encoder", "decoder") if settings[f"train_{half}"]]  # an untrained half is noise: not exported
+if checkpoint:
+    for key, here in shape.items():
+        if checkpoint["shape"][key] != here:
+            stop(f"--init_from={init_from}: its student has {key} {checkpoint['shape'][key]}, this run asks for {here}")
+    for name, network in networks.items():
+        if init_from != "resume" and name in ("encoder", "decoder"):
+            name = f"ema_{name}"  # a new run starts from the averaged weights, the better ones
+        try:
+            network.load_state_dict(checkpoint[name])
+        except RuntimeError as error:  # a fork with another D may start from our students, with a fresh D
+            if name != "discriminator" or init_from == "resume":
+                stop(f"--init_from={init_from}: its {name} does not fit: {error}")
+    if all(half in checkpoint["ready"] for half in ready):
+        images_averaged = checkpoint["images_averaged"]
+        mse_iters = settings["mse_iters"] = 0 if init_from != "resume" else mse_iters
+    ready = sorted({*ready, *checkpoint["ready"]}, reverse=True)
 if init_from == "resume":
-    if replay.images.shape[1:] != checkpoint["replay_images"].shape[1:]:
-        stop(f"--crop={crop}: a resumed run keeps its crop; to go on at another, start a new run with "
-             f"--init_from={out_dir} and its own --out_dir")
+    if replay.filled < len(checkpoint["replay_images"]) and replay.images.shape[1:] != checkpoint["replay_images"].shape[1:]:
+        stop(f"--crop={crop}: a resumed run keeps its crop; to go on at another, start a new run with --init_from={out_dir} "
+             f"and its own --out_dir")
     step, images_seen = checkpoint["step"], checkpoint["images_seen"]
     for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(checkpoint[name])
-    replay.filled = min(replay_size, len(checkpoint["replay_images"]))
+        if checkpoint[name]:  # a scaler that was off has no state
+            optimizer.load_state_dict(checkpoint[name])
+    student_optimizer.param_groups[0]["lr"], discriminator_optimizer.param_groups[0]["lr"] = learning_rate, discriminator_lr
+    replay.filled = min(len(replay.images), len(checkpoint["replay_images"]))
     replay.images[:replay.filled] = checkpoint["replay_images"][:replay.filled].to(device)
     replay.latents[:replay.filled] = checkpoint["replay_latents"][:replay.filled].to(device)
     torch.set_rng_state(checkpoint["rng"])
-    if checkpoint["cuda_rng"] is not None and device.type == "cuda":
+    if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-elif checkpoint and "decoder" in checkpoint["ready"]:
-    mse_iters = settings["mse_iters"] = 0
 first_step, first_image, checkpoint = step, images_seen, None  # frees its memory
 
+dtype_name = str(dtype).removeprefix("torch.")
 print(f"teacher   {teacher}: {vae.class_name}, {vae.parameters:,} parameters, factor {vae.factor}, {vae.latent_channels} channels, "
       f"scaling factor {vae.scaling_factor:g}, shift {vae.shift_factor:g}")
 print(f"student   width {width}: encoder {parameters(encoder):,}, decoder {parameters(decoder):,} parameters; "
       f"discriminator {parameters(discriminator):,}")
 print(f"images    {len(images.train):,} to train on, {len(images.val):,} held out" if images.train else
       "images    synthetic dead leaves, to try things out: a real run wants --data_dir=a folder of images")
-print(f"machine   {device}, {str(dtype).removeprefix('torch.')}, compile {'on' if compile else 'off'}, torch {torch.__version__}")
-
-val_real = images.held_out(eval_images, eval_size)[0].to(device, memory_format=torch.channels_last) / 255
+print(f"machine   {device}, {dtype_name}, compile {'on' if compile else 'off'}, torch {torch.__version__}")
+val_real = images.held_out(eval_images, eval_size).to(device, memory_format=torch.channels_last) / 255
 val_latent = chunked(vae.encode, val_real)
 val_teacher = chunked(vae.decode, val_latent)
 goal = measure(val_teacher, val_real)
-print(f"goal      the teacher's own round trip of the held-out images: psnr {goal['psnr']:.2f} dB, sharpness {goal['sharpness']:.2f}")
+print(f"goal      the teacher's own round trip of the held-out images: psnr {goal['psnr']:.2f} dB, sharpness {goal['sharpness']:.2f}", flush=True)
 os.makedirs(out_dir, exist_ok=True)
 versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
-log({"settings": settings, "versions": versions, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "compile": compile,
-     "teacher": goal})
-
-stopping = False
-
-
-def stop_after_step(signum, frame):
-    """Ctrl-C or a preempted machine: finish the step, save, leave. A second Ctrl-C leaves at once."""
-    global stopping
-    stopping = True
-    signal.signal(signum, signal.SIG_DFL)
-
-
-signal.signal(signal.SIGINT, stop_after_step)
-signal.signal(signal.SIGTERM, stop_after_step)
+log({"settings": settings, "versions": versions, "device": str(device), "dtype": dtype_name, "compile": compile, "teacher": goal})
 
 # -----------------------------------------------------------------------------
 # the loop
-figures, losses, n_losses, waited = {}, None, 0, 0.0
-train_seconds, report_seconds, clock = 0.0, 0.0, time.time()  # training alone: evaluations stop the clock
+signal.signal(signal.SIGINT, stop_after_step)
+signal.signal(signal.SIGTERM, stop_after_step)
+zero = torch.zeros((), device=device)
+figures, history, waited = {}, [], 0.0
+train_seconds, report_seconds, clock = 0.0, 0.0, time.time()  # of training alone: the clock stops for evaluations
 loader = batches(images, crop, batch_size, color_augment, seed, workers, start=step)
 while True:
     # look, save, stop
     if step == max_iters or stopping or step % eval_interval == 0 and not (init_from == "resume" and step == first_step):
         train_seconds += time.time() - clock
-        if not stopping:
-            figures = evaluate()
+        figures = {} if stopping else evaluate()
+        check_finite(figures)
+        if figures:
             log(progress((images_seen - first_image) / max(train_seconds, 1e-9)) | figures)
             print(f"eval {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
         save()
@@ -320,65 +332,59 @@ while True:
     real = real.to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
     latent = vae.encode(real)
 
-    # student
-    with amp:
-        encoder_loss = F.mse_loss(encoder(real).float(), latent) if train_encoder else torch.zeros((), device=device)
-        fake = decoder(latent).float() if train_decoder else real
-
-    # discriminator: a step of its own, on real images and on fakes new and old
-    decoder_loss = lowres = d_loss = torch.zeros((), device=device)
-    if adversarial and step >= mse_iters:
-        old_and_new_fake, its_latent = replay.mix(fake.detach(), latent)
+    # the terms of the loss: each is reported by its name
+    terms = dict.fromkeys(("encoder_mse", "decoder_mse", "adversarial", "lowres_mse", "discriminator"), zero)
+    if train_encoder:
         with amp:
-            real_scores = discriminator(real, latent).float()
-            fake_scores = discriminator(old_and_new_fake, its_latent).float()
-        d_loss = discriminator_loss(real_scores, fake_scores)
-        discriminator_optimizer.zero_grad()
-        scaler.scale(d_loss).backward()
-        scaler.step(discriminator_optimizer)
+            terms["encoder_mse"] = F.mse_loss(encoder(real).float(), latent)
+    if train_decoder:
+        with amp:
+            fake = decoder(latent).float()
+        if step < mse_iters or not adversarial:
+            terms["decoder_mse"] = F.mse_loss(fake, real)
+        else:
+            # discriminator: a step of its own, on real images and on fakes new and old
+            old_and_new_fake, its_latent = replay.mix(fake.detach(), latent)
+            with amp:
+                real_scores = discriminator(real, latent).float()
+                fake_scores = discriminator(old_and_new_fake, its_latent).float()
+            terms["discriminator"] = discriminator_loss(real_scores, fake_scores)
+            discriminator_optimizer.zero_grad()
+            scaler.scale(terms["discriminator"]).backward()
+            scaler.step(discriminator_optimizer)
 
-    # decoder: cannot be told from the real image, and keeps its colours
-    if train_decoder and step < mse_iters:
-        decoder_loss = F.mse_loss(fake, real)
-    elif train_decoder:
-        lowres = lowres_mse(fake, real)
-        decoder_loss = lowres_weight * lowres
-        if adversarial:
+            # decoder: cannot be told from the real image, and keeps its colours
             with amp:
                 with torch.no_grad():
                     real_scores = discriminator(real, latent).float()
                 fake_scores = discriminator(fake, latent).float()
-            decoder_loss = decoder_loss + adversarial_weight * relativistic_distance(real_scores, fake_scores)
-
+            terms["adversarial"] = relativistic_distance(real_scores, fake_scores)
+            terms["lowres_mse"] = lowres_mse(fake, real)
+    loss = (terms["encoder_mse"] + terms["decoder_mse"] + adversarial_weight * terms["adversarial"] + lowres_weight * terms["lowres_mse"])
     student_optimizer.zero_grad()
-    scaler.scale(encoder_loss + decoder_loss).backward(inputs=student)
+    scaler.scale(loss).backward(inputs=[p for p in student if p.requires_grad])  # not into the discriminator
     scaler.step(student_optimizer)
     scaler.update()
-    step, images_seen = step + 1, images_seen + batch_size
+    step, images_seen, images_averaged = step + 1, images_seen + batch_size, images_averaged + batch_size
 
-    # average the weights over images; early on over the last tenth of the run, so that the first noise is soon forgotten
-    halflife = min(ema_halflife, 0.1 * images_seen)
-    torch._foreach_lerp_(averages, student, 1 - 0.5 ** (batch_size / halflife))
+    # average the weights over images; early on over the last tenth of them, so that the first noise is soon forgotten
+    halflife = min(ema_halflife, 0.1 * images_averaged)
+    with torch.no_grad():
+        torch._foreach_lerp_(averages, student, 1 - 0.5 ** (batch_size / halflife))
 
-    # report; the losses stay on the device until then
-    terms = torch.stack([encoder_loss, decoder_loss, lowres, d_loss]).detach()
-    losses, n_losses = terms if losses is None else losses + terms, n_losses + 1
-    if step % log_interval == 0 or step == max_iters:
-        mean = dict(zip(("encoder_loss", "decoder_loss", "lowres_mse", "discriminator_loss"), (losses / n_losses).tolist()))
-        for name, value in mean.items():
-            if not torch.isfinite(torch.tensor(value)):
-                stop(f"step {step}: {name} is {value}; the checkpoint in {out_dir} is from before. "
-                     f"Go on with --init_from=resume and a smaller --learning_rate, or --dtype=float32")
+    # report, and before every save: the terms stay on the device until then
+    history.append(torch.stack(list(terms.values())).detach())
+    if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters or stopping:
+        mean = dict(zip(terms, torch.stack(history).mean(0).tolist()))
+        check_finite(mean)
         now = train_seconds + time.time() - clock
-        rate = n_losses * batch_size / (now - report_seconds)
-        share = waited / (now - report_seconds)
-        log(progress(rate) | {name: round(value, 6) for name, value in mean.items()} |
-            {"data_wait": round(share, 3), "peak_memory_mb": peak_memory_mb(device)})
-        left = time.strftime("%H:%M:%S", time.gmtime((max_iters - step) * batch_size / rate))
-        print(f"step {step}/{max_iters}  {images_seen:,} images  {rate:.1f}/s  encoder {mean['encoder_loss']:.4f}  "
-              f"decoder {mean['decoder_loss']:.4f}  lowres {mean['lowres_mse']:.5f}  D {mean['discriminator_loss']:.3f}  "
-              f"waiting {share:.0%}  {peak_memory_mb(device)} MB  {left} left", flush=True)
-        losses, n_losses, waited, report_seconds = None, 0, 0.0, now
+        rate = len(history) * batch_size / (now - report_seconds)
+        report = progress(rate) | {name: round(value, 6) for name, value in mean.items()}
+        report |= {"data_wait": round(waited / (now - report_seconds), 3), "peak_memory_mb": peak_memory_mb(device)}
+        log(report)
+        left = datetime.timedelta(seconds=round((max_iters - step) * batch_size / rate))
+        print(f"step {step}/{max_iters}  " + "  ".join(f"{name} {value:.4g}" for name, value in report.items() if name != "step") + f"  left {left}", flush=True)
+        history, waited, report_seconds = [], 0.0, now
 
 loader.close()
 rate = (images_seen - first_image) / max(train_seconds, 1e-9)
