@@ -85,7 +85,7 @@ def latent_colors(latents, size):
 
 def picture(rows, path):
     """Write {label: [N,3,H,W] images in [0,1]} as one PNG, a labelled row each."""
-    strips = [torch.cat(list(row.float().cpu().clamp(0, 1)), -1) for row in rows.values()]
+    strips = [torch.cat(list(row.detach().float().cpu().clamp(0, 1)), -1) for row in rows.values()]
     font, bar = ImageFont.load_default(14), 20
     sheet = Image.new("RGB", (strips[0].shape[-1], sum(strip.shape[-2] + bar for strip in strips)))
     draw, top = ImageDraw.Draw(sheet), 0

@@ -95,10 +95,10 @@ require("seed", seed < 2**32 - 1, "must be less than 2**32 - 1")
 require("color_augment", color_augment <= 1, "must be between 0 and 1")
 require("replay_size", replay_size == 0 or replay_size >= batch_size, f"must be 0 or at least the batch size, {batch_size}")
 require("train_decoder", train_encoder or train_decoder, "nothing is left to train: train_encoder is false, too")
-require("compile", compile in ("auto", "true", "false"), "must be auto, true or false")
+require("compile", compile.lower() in ("auto", "true", "false"), "must be auto, true or false")
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-compile = compile == "true" or compile == "auto" and device.type == "cuda" and importlib.util.find_spec("triton") is not None
+compile = compile.lower() == "true" or compile == "auto" and device.type == "cuda" and importlib.util.find_spec("triton") is not None
 for name in ("teacher", "data_dir", "val_dir"):  # so that sample.py and resume may be called from another folder
     if settings[name] not in NAMES and os.path.exists(settings[name]):
         settings[name] = os.path.abspath(settings[name])
@@ -110,6 +110,7 @@ for name in ("crop", "eval_size"):
 # -----------------------------------------------------------------------------
 # networks and optimizers
 torch.manual_seed(seed)
+torch.backends.cudnn.benchmark = True  # crops have one size
 shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": width}
 encoder, decoder, discriminator = Encoder(**shape), Decoder(**shape), Discriminator(vae.latent_channels)
 ema_encoder, ema_decoder = copy.deepcopy(encoder).requires_grad_(False), copy.deepcopy(decoder).requires_grad_(False)
@@ -266,9 +267,9 @@ if checkpoint:
     if all(half in checkpoint["ready"] for half in ready):
         images_averaged = checkpoint["images_averaged"]
         mse_iters = settings["mse_iters"] = 0 if init_from != "resume" else mse_iters
-    ready = sorted({*ready, *checkpoint["ready"]}, reverse=True)
+    ready = sorted({*ready, *checkpoint["ready"]})
 if init_from == "resume":
-    if replay.filled < len(checkpoint["replay_images"]) and replay.images.shape[1:] != checkpoint["replay_images"].shape[1:]:
+    if len(checkpoint["replay_images"]) and replay.images.shape[1:] != checkpoint["replay_images"].shape[1:]:
         stop(f"--crop={crop}: a resumed run keeps its crop; to go on at another, start a new run with --init_from={out_dir} "
              f"and its own --out_dir")
     step, images_seen = checkpoint["step"], checkpoint["images_seen"]
@@ -297,6 +298,7 @@ val_latent = chunked(vae.encode, val_real)
 val_teacher = chunked(vae.decode, val_latent)
 goal = measure(val_teacher, val_real)
 print(f"goal      the teacher's own round trip of the held-out images: psnr {goal['psnr']:.2f} dB, sharpness {goal['sharpness']:.2f}", flush=True)
+images.batch(crop, batch_size, 0, [seed, step])  # a folder of broken files stops the program here, before it leaves anything
 os.makedirs(out_dir, exist_ok=True)
 versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
 log({"settings": settings, "versions": versions, "device": str(device), "dtype": dtype_name, "compile": compile, "teacher": goal})
