@@ -53,7 +53,7 @@ train_encoder = True         # false = leave the encoder as init_from has it
 train_decoder = True         # false = leave the decoder as init_from has it
 # losses
 adversarial_weight = 1.0     # relativistic adversarial loss; 0 = off, and no discriminator
-lowres_weight = 100.0        # MSE of 8x8-pooled images, which holds the colours; 0 = off
+lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours; 0 = off
 mse_iters = 200              # first steps of a decoder from scratch: plain MSE instead, so D has something to judge
 replay_size = 4096           # old fakes kept for the discriminator, as bytes on the device; 0 = only fresh fakes
 # optimizer
