@@ -37,7 +37,7 @@ from teacher import NAMES, Teacher
 # run
 out_dir = "out"              # checkpoint, exports, pictures and log.jsonl go here
 init_from = "scratch"        # scratch; resume (go on with out_dir); or another run's out_dir, to start from its weights
-max_iters = 300_000          # steps; the author's released weights took about this many
+max_iters = 300_000          # steps; seraena's example trains about this many at 96 pixels
 seed = 0                     # of weights, crops and replay
 # data
 data_dir = ""                # folder of images, searched recursively; '' = synthetic dead leaves, to try things out
