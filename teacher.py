@@ -52,8 +52,8 @@ class Teacher:
     VAE's own files. Computes in `dtype`; takes and gives float32. Stops with one line if the VAE cannot be had.
     """
     def __init__(self, name, device="cpu", dtype=torch.float32):
-        self.device, self.dtype = torch.device(device), dtype
-        if str(name).endswith(".pth"):
+        name, self.device, self.dtype = str(name), torch.device(device), dtype
+        if name.endswith(".pth"):
             (self.encoder, shape), (self.decoder, _) = load_taesd(name), load_taesd(partner(name))
             self.latent_channels, self.factor = shape["latent_channels"], shape["factor"]
             self.scaling_factor, self.shift_factor, self.image_range = 1.0, 0.0, (0, 1)

@@ -147,7 +147,7 @@ def test_teacher_speaks_the_vae_s_language(tmp_path):
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=3,
                         block_out_channels=(8, 8, 8), norm_num_groups=4, scaling_factor=0.5, shift_factor=0.25).eval()
     vae.save_pretrained(tmp_path / "vae")
-    teacher, image = Teacher(str(tmp_path)), torch.rand(2, 3, 16, 24)  # the folder of a whole pipeline works, too
+    teacher, image = Teacher(tmp_path), torch.rand(2, 3, 16, 24)  # the folder of a whole pipeline works, too
     assert (teacher.latent_channels, teacher.factor, teacher.scaling_factor) == (3, 4, 0.5)
     latent = (vae.encode(2 * image - 1).latent_dist.mean - 0.25) * 0.5
     assert torch.allclose(teacher.encode(image), latent, atol=1e-6) and latent.shape == (2, 3, 4, 6)
