@@ -110,7 +110,13 @@ def save_file(path, write):
     path = os.path.normpath(path)
     aside = f"{path}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    write(aside)
+    try:
+        write(aside)
+    except Exception as error:  # a full disk, a read-only one: torch, Pillow and safetensors raise different types
+        shutil.rmtree(aside, ignore_errors=True)
+        if os.path.isfile(aside):
+            os.remove(aside)
+        stop(f"{path}: could not be written ({error}); what was there before is untouched. Free some space, then go on")
     shutil.rmtree(path, ignore_errors=True)  # only a folder: os.replace cannot do those
     os.replace(aside, path)
 

@@ -139,6 +139,16 @@ def test_released_flux2_weights():
     assert torch.allclose(teacher.encode(image), encoder(image), atol=1e-4) and (teacher.latent_channels, teacher.factor) == (32, 8)
 
 
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    def full_disk(aside):
+        Path(aside).write_text("half")
+        raise OSError("No space left on device")
+    (tmp_path / "weights").write_text("whole")
+    with pytest.raises(SystemExit, match="weights: could not be written .*No space left"):
+        model.save_file(str(tmp_path / "weights"), full_disk)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"] and (tmp_path / "weights").read_text() == "whole"
+
+
 # the teacher
 
 @torch.no_grad()

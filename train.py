@@ -136,8 +136,11 @@ if compile:
 
 
 def log(record):
-    with open(os.path.join(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with open(os.path.join(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        stop(f"{out_dir}: could not be written ({error}); the last checkpoint is untouched, --init_from=resume goes on with it")
 
 
 def progress(images_per_second):
@@ -362,7 +365,7 @@ while True:
                 fake_scores = discriminator(fake, latent).float()
             terms["adversarial"] = relativistic_distance(real_scores, fake_scores)
             terms["lowres_mse"] = lowres_mse(fake, real)
-    loss = (terms["encoder_mse"] + terms["decoder_mse"] + adversarial_weight * terms["adversarial"] + lowres_weight * terms["lowres_mse"])
+    loss = terms["encoder_mse"] + terms["decoder_mse"] + adversarial_weight * terms["adversarial"] + lowres_weight * terms["lowres_mse"]
     student_optimizer.zero_grad()
     scaler.scale(loss).backward(inputs=[p for p in student if p.requires_grad])  # not into the discriminator
     scaler.step(student_optimizer)
@@ -385,7 +388,8 @@ while True:
         report |= {"data_wait": round(waited / (now - report_seconds), 3), "peak_memory_mb": peak_memory_mb(device)}
         log(report)
         left = datetime.timedelta(seconds=round((max_iters - step) * batch_size / rate))
-        print(f"step {step}/{max_iters}  " + "  ".join(f"{name} {value:.4g}" for name, value in report.items() if name != "step") + f"  left {left}", flush=True)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in report.items() if name not in ("step", "images_seen"))
+        print(f"step {step}/{max_iters}  images_seen {images_seen:,}  {shown}  left {left}", flush=True)
         history, waited, report_seconds = [], 0.0, now
 
 loader.close()
