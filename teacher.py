@@ -54,7 +54,9 @@ class Teacher:
     def __init__(self, name, device="cpu", dtype=torch.float32):
         name, self.device, self.dtype = str(name), torch.device(device), dtype
         if name.endswith(".pth"):
-            (self.encoder, shape), (self.decoder, _) = load_taesd(name), load_taesd(partner(name))
+            (encoder, shape), (decoder, _) = load_taesd(name), load_taesd(partner(name))
+            vae = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(dtype)
+            self.encoder, self.decoder = encoder, decoder
             self.latent_channels, self.factor = shape["latent_channels"], shape["factor"]
             self.scaling_factor, self.shift_factor, self.image_range = 1.0, 0.0, (0, 1)
             self.class_name = "taesd.py pair"
@@ -65,10 +67,13 @@ class Teacher:
             self.latent_channels, self.factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
             self.scaling_factor, self.shift_factor = vae.config.scaling_factor, vae.config.shift_factor or 0.0
             self.image_range, self.class_name, self.dtype = (-1, 1), "AutoencoderKL", vae.dtype
-        networks = [vae] if self.class_name == "AutoencoderKL" else [self.encoder.to(dtype), self.decoder.to(dtype)]
-        for network in networks:
-            network.to(device=self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.parameters = sum(p.numel() for network in networks for p in network.parameters())
+        self.vae = vae.to(device=self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.parameters = sum(p.numel() for p in vae.parameters())
+
+    def drop_decoder(self):
+        """Free the decoder's memory, once no more round trips are due. `encode` still works."""
+        self.decoder = None
+        self.vae.register_module("decoder", None)
 
     @torch.no_grad()
     def encode(self, images):

@@ -45,6 +45,7 @@ val_dir = ""                 # folder of held-out images; '' = 5% of data_dir, c
 crop = 96                    # training crop in pixels, a multiple of the teacher's factor; finish a long run at 256
 batch_size = 16              # crops a step
 color_augment = 0.07         # share of crops with randomly mixed colour channels; 0 = off
+echo = 4                     # steps that a crop and its teacher latent serve: 1 / echo of each batch is new; 1 = off
 workers = 4                  # threads that read images
 # teacher and student
 teacher = "toy"              # toy, sd, sd-mse, sdxl, a diffusers folder, a hub id, or a taesd.py pair's encoder.pth
@@ -69,6 +70,7 @@ eval_size = 256              # held-out images are centre squares of this side i
 device = "auto"              # auto, cuda, mps or cpu
 dtype = "auto"               # auto, float32, bfloat16 or float16: of teacher and autocast; weights stay float32
 compile = "auto"             # torch.compile: auto (on a GPU), true or false
+profile = 0                  # steps to record, once warm, as out_dir/trace.json for chrome://tracing or perfetto; 0 = off
 # -----------------------------------------------------------------------------
 started = time.time()
 settings = configure(globals())
@@ -89,7 +91,7 @@ def require(name, holds, rule):
         stop(f"--{name}={globals()[name]}: {rule}")
 
 
-require_positive(settings, "max_iters", "batch_size", "workers", "width", "log_interval", "eval_interval", "eval_images", "learning_rate",
+require_positive(settings, "max_iters", "batch_size", "echo", "workers", "width", "log_interval", "eval_interval", "eval_images", "learning_rate",
                  "discriminator_lr", "ema_halflife")
 require("seed", seed < 2**32 - 1, "must be less than 2**32 - 1")
 require("color_augment", color_augment <= 1, "must be between 0 and 1")
@@ -127,9 +129,6 @@ discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), discrimin
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 optimizers = {"student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer, "scaler": scaler}
 amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-if compile:
-    for network in (encoder, decoder, discriminator):
-        network.compile()
 
 # -----------------------------------------------------------------------------
 # reports: evaluation, picture, checkpoint, exports, log
@@ -155,12 +154,13 @@ def check_finite(record):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # other shapes than in training, too few of them to compile for
 def evaluate():
     """Held-out figures of the averaged weights, and a picture. Latent errors are in units of the latents' own variance, 1."""
     with amp:
         latents = chunked(ema_encoder, val_real)
         from_teacher, from_student = chunked(ema_decoder, val_latent).clamp(0, 1), chunked(ema_decoder, latents).clamp(0, 1)
-        raw = chunked(decoder.forward, val_latent).clamp(0, 1)  # .forward: not compiled, for this size is another
+        raw = chunked(decoder, val_latent).clamp(0, 1)
     picture({"original": val_real[:8], f"teacher: {teacher}": val_teacher[:8],
              f"our decoder on the teacher's latents, step {step}": from_teacher[:8],
              "our encoder and decoder": from_student[:8]}, os.path.join(out_dir, "samples", f"{step:07d}.png"))
@@ -174,10 +174,9 @@ def save():
     """Everything that resume and sample.py need, then the averaged weights in the formats that others load."""
     state = {
         "settings": settings, "shape": shape, "step": step, "images_seen": images_seen, "images_averaged": images_averaged,
-        "ready": ready, "held_out": (val_real * 255).round().byte(),
-        "replay_images": replay.images[:replay.filled].clone(), "replay_latents": replay.latents[:replay.filled].clone(),
+        "ready": ready, "held_out": (val_real * 255).round().byte(), "batches_read": batches_read,
         "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-    for name, part in (networks | optimizers).items():
+    for name, part in (networks | optimizers | memories).items():
         state[name] = part.state_dict()
     save_file(os.path.join(out_dir, "ckpt.pt"), lambda aside: torch.save(state, aside))
     for half in ready:
@@ -215,8 +214,8 @@ def lowres_mse(fake, real):
     return F.mse_loss(F.avg_pool2d(fake, 8), F.avg_pool2d(real, 8))
 
 
-class ReplayBuffer:
-    """Fakes of all ages, so that D does not forget what it once caught. Images [N,3,H,W] in [0,1] are kept as bytes."""
+class Memory:
+    """Pairs of image [3,H,W] in [0,1] and latent, kept on the device; images as bytes. Drawn and replaced at random."""
 
     def __init__(self, size, image_shape, latent_shape):
         self.images = torch.zeros(size, *image_shape, dtype=torch.uint8, device=device)
@@ -225,35 +224,50 @@ class ReplayBuffer:
 
     def push(self, images, latents):
         """Append while there is room, then replace at random."""
-        n = len(images)
+        n = min(len(images), len(self.images))
         if self.filled + n <= len(self.images):
             slots = torch.arange(self.filled, self.filled + n, device=device)
             self.filled += n
         else:
             slots = torch.randperm(self.filled, device=device)[:n]
-        self.images[slots] = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-        self.latents[slots] = latents.to(torch.float16)
+        self.images[slots] = (images[:n].clamp(0, 1) * 255).round().to(torch.uint8)
+        self.latents[slots] = latents[:n].to(torch.float16)
 
-    def sample(self, n):
-        """n past fakes in [0,1] and their latents, float32."""
-        slots = torch.randint(self.filled, (n,), device=device)
-        return self.images[slots].float() / 255, self.latents[slots].float()
+    def fill_up(self, images, latents, n):
+        """These pairs and as many from memory as make it a batch of n, float32."""
+        slots = torch.randint(max(1, self.filled), (n - len(images),), device=device)
+        images = torch.cat([images, self.images[slots].float() / 255]).contiguous(memory_format=torch.channels_last)
+        return images, torch.cat([latents, self.latents[slots].float()])
 
-    def mix(self, fake, latent):
-        """Remember a batch of fakes; give one back of which half is new and half is drawn from memory."""
-        if len(self.images) == 0:
-            return fake, latent
-        self.push(fake, latent)
-        n = len(fake) // 2
-        old_fake, old_latent = self.sample(n)
-        return torch.cat([fake[n:], old_fake]), torch.cat([latent[n:], old_latent])
+    @property
+    def full(self):
+        return self.filled == len(self.images)
+
+    def state_dict(self):
+        return {"images": self.images[:self.filled].cpu().clone(), "latents": self.latents[:self.filled].cpu().clone()}
+
+    def load_state_dict(self, state):
+        self.filled = min(len(self.images), len(state["images"]))
+        self.images[:self.filled], self.latents[:self.filled] = state["images"][:self.filled], state["latents"][:self.filled]
+
+
+def half_old(replay, fakes, latents):
+    """Remember a batch of fakes, so that D does not forget what it once caught; give one back, half new and half from memory."""
+    replay.push(fakes, latents)
+    n = len(fakes) // 2 if len(replay.images) else 0
+    return replay.fill_up(fakes[n:], latents[n:], len(fakes))
 
 
 # -----------------------------------------------------------------------------
 # start, or go on
 adversarial = train_decoder and adversarial_weight > 0
-replay = ReplayBuffer(replay_size if adversarial else 0, (3, crop, crop), (vae.latent_channels, crop // vae.factor, crop // vae.factor))
-step = images_seen = images_averaged = 0
+pair_shapes = (3, crop, crop), (vae.latent_channels, crop // vae.factor, crop // vae.factor)
+echo = settings["echo"] = math.gcd(echo, batch_size)
+new_images = batch_size // echo  # the others of a batch come from the pool, where a crop is mixed with those of 64 batches
+pool = Memory(64 * batch_size if echo > 1 else 0, *pair_shapes)
+replay = Memory(replay_size if adversarial else 0, *pair_shapes)
+memories = {"pool": pool, "replay": replay}
+step = images_seen = images_averaged = batches_read = 0
 ready = [half for half in ("encoder", "decoder") if settings[f"train_{half}"]]  # an untrained half is noise: not exported
 if checkpoint:
     for key, here in shape.items():
@@ -272,21 +286,20 @@ if checkpoint:
         mse_iters = settings["mse_iters"] = 0 if init_from != "resume" else mse_iters
     ready = sorted({*ready, *checkpoint["ready"]})
 if init_from == "resume":
-    if len(checkpoint["replay_images"]) and replay.images.shape[1:] != checkpoint["replay_images"].shape[1:]:
+    if checkpoint["settings"]["crop"] != crop:
         stop(f"--crop={crop}: a resumed run keeps its crop; to go on at another, start a new run with --init_from={out_dir} "
              f"and its own --out_dir")
-    step, images_seen = checkpoint["step"], checkpoint["images_seen"]
-    for name, optimizer in optimizers.items():
+    step, images_seen, batches_read = checkpoint["step"], checkpoint["images_seen"], checkpoint["batches_read"]
+    for name, part in (optimizers | memories).items():
         if checkpoint[name]:  # a scaler that was off has no state
-            optimizer.load_state_dict(checkpoint[name])
+            part.load_state_dict(checkpoint[name])
     student_optimizer.param_groups[0]["lr"], discriminator_optimizer.param_groups[0]["lr"] = learning_rate, discriminator_lr
-    replay.filled = min(len(replay.images), len(checkpoint["replay_images"]))
-    replay.images[:replay.filled] = checkpoint["replay_images"][:replay.filled].to(device)
-    replay.latents[:replay.filled] = checkpoint["replay_latents"][:replay.filled].to(device)
     torch.set_rng_state(checkpoint["rng"])
     if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])
 first_step, first_image, checkpoint = step, images_seen, None  # frees its memory
+profile_from = max(first_step + 64, mse_iters) + 10  # the pool is full and D at work
+require("profile", not profile or profile_from + profile <= max_iters, f"begins at step {profile_from}; raise --max_iters")
 
 dtype_name = str(dtype).removeprefix("torch.")
 print(f"teacher   {teacher}: {vae.class_name}, {vae.parameters:,} parameters, factor {vae.factor}, {vae.latent_channels} channels, "
@@ -299,24 +312,30 @@ print(f"machine   {device}, {dtype_name}, compile {'on' if compile else 'off'}, 
 val_real = images.held_out(eval_images, eval_size).to(device, memory_format=torch.channels_last) / 255
 val_latent = chunked(vae.encode, val_real)
 val_teacher = chunked(vae.decode, val_latent)
+vae.drop_decoder()
 goal = measure(val_teacher, val_real)
 print(f"goal      the teacher's own round trip of the held-out images: psnr {goal['psnr']:.2f} dB, sharpness {goal['sharpness']:.2f}", flush=True)
-images.batch(crop, batch_size, 0, [seed, step])  # a folder of broken files stops the program here, before it leaves anything
+images.batch(crop, new_images, 0, [seed, batches_read])  # a folder of broken files stops the program here, before it leaves anything
 os.makedirs(out_dir, exist_ok=True)
 versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+picture({"original": val_real[:8], f"teacher: {teacher}": val_teacher[:8]}, os.path.join(out_dir, "samples", "teacher.png"))
 log({"settings": settings, "versions": versions, "device": str(device), "dtype": dtype_name, "compile": compile, "teacher": goal})
 
 # -----------------------------------------------------------------------------
 # the loop
+if compile:  # in their first steps, each for its one shape; `.forward`, for Module.compile does not see through a Sequential
+    for network in (encoder, decoder, discriminator, vae.vae.encoder):
+        network.forward = torch.compile(network.forward, dynamic=False)
 signal.signal(signal.SIGINT, stop_after_step)
 signal.signal(signal.SIGTERM, stop_after_step)
 zero = torch.zeros((), device=device)
 figures, history, waited = {}, [], 0.0
 train_seconds, report_seconds, clock = 0.0, 0.0, time.time()  # of training alone: the clock stops for evaluations
-loader = batches(images, crop, batch_size, color_augment, seed, workers, start=step)
+loader = batches(images, crop, new_images, color_augment, seed, workers, start=batches_read, pin=device.type == "cuda")
+profiler = torch.profiler.profile()
 while True:
     # look, save, stop
-    if step == max_iters or stopping or step % eval_interval == 0 and not (init_from == "resume" and step == first_step):
+    if step == max_iters or stopping or step % eval_interval == 0 and (step > first_step or init_from not in ("scratch", "resume")):
         train_seconds += time.time() - clock
         figures = {} if stopping else evaluate()
         check_finite(figures)
@@ -328,14 +347,14 @@ while True:
     if step >= max_iters or stopping:
         break
 
-    # real images and the teacher's latents
+    # real images and the teacher's latents: a few new ones, or, until the pool is full, new ones only; the others from the pool
     waiting = time.time()
-    real = next(loader)
-    waited += time.time() - waiting
-    if device.type == "cuda":
-        real = real.pin_memory()
-    real = real.to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
-    latent = vae.encode(real)
+    new = torch.cat([next(loader) for _ in range(1 if pool.full else echo)])
+    waited, batches_read = waited + time.time() - waiting, batches_read + len(new) // new_images
+    new = new.to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
+    new_latent = torch.cat([vae.encode(part) for part in new.split(new_images)])
+    real, latent = pool.fill_up(new, new_latent, batch_size)
+    pool.push(new, new_latent)
 
     # the terms of the loss: each is reported by its name
     terms = dict.fromkeys(("encoder_mse", "decoder_mse", "adversarial", "lowres_mse", "discriminator"), zero)
@@ -349,7 +368,7 @@ while True:
             terms["decoder_mse"] = F.mse_loss(fake, real)
         else:
             # discriminator: a step of its own, on real images and on fakes new and old
-            old_and_new_fake, its_latent = replay.mix(fake.detach(), latent)
+            old_and_new_fake, its_latent = half_old(replay, fake.detach(), latent)
             with amp:
                 real_scores = discriminator(real, latent).float()
                 fake_scores = discriminator(old_and_new_fake, its_latent).float()
@@ -359,15 +378,16 @@ while True:
             scaler.step(discriminator_optimizer)
 
             # decoder: cannot be told from the real image, and keeps its colours
+            discriminator.requires_grad_(False)
             with amp:
-                with torch.no_grad():
-                    real_scores = discriminator(real, latent).float()
+                real_scores = discriminator(real, latent).float()
                 fake_scores = discriminator(fake, latent).float()
+            discriminator.requires_grad_(True)
             terms["adversarial"] = relativistic_distance(real_scores, fake_scores)
             terms["lowres_mse"] = lowres_mse(fake, real)
     loss = terms["encoder_mse"] + terms["decoder_mse"] + adversarial_weight * terms["adversarial"] + lowres_weight * terms["lowres_mse"]
     student_optimizer.zero_grad()
-    scaler.scale(loss).backward(inputs=[p for p in student if p.requires_grad])  # not into the discriminator
+    scaler.scale(loss).backward()
     scaler.step(student_optimizer)
     scaler.update()
     step, images_seen, images_averaged = step + 1, images_seen + batch_size, images_averaged + batch_size
@@ -376,6 +396,15 @@ while True:
     halflife = min(ema_halflife, 0.1 * images_averaged)
     with torch.no_grad():
         torch._foreach_lerp_(averages, student, 1 - 0.5 ** (batch_size / halflife))
+
+    if step == first_step + 1:
+        print(f"start     {time.time() - started:.1f} s until the first step was done", flush=True)
+    if profile and step == profile_from:
+        profiler.start()
+    if profile and step == profile_from + profile:
+        profiler.stop()
+        save_file(os.path.join(out_dir, "trace.json"), profiler.export_chrome_trace)
+        print(f"profile   {profile} steps: {os.path.join(out_dir, 'trace.json')}", flush=True)
 
     # report, and before every save: the terms stay on the device until then
     history.append(torch.stack(list(terms.values())).detach())
