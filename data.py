@@ -72,7 +72,8 @@ class Images:
         """The first n readable held-out images as centre squares, [n,3,size,size] uint8."""
         found = []
         if not self.val:
-            found = [dead_leaves(size, np.random.default_rng([SYNTHETIC_VAL_SEED, i])) for i in range(n)]
+            with ThreadPoolExecutor() as pool:
+                found = list(pool.map(lambda i: dead_leaves(size, np.random.default_rng([SYNTHETIC_VAL_SEED, i])), range(n)))
         for path in self.val:
             if len(found) < n and (square := self.read(path, size, None)) is not None:
                 found.append(square)

@@ -23,6 +23,8 @@ import platform
 import signal
 import time
 
+started = time.time()  # the imports below take seconds
+
 import diffusers
 import torch
 import torch.nn.functional as F
@@ -72,7 +74,6 @@ dtype = "auto"               # auto, float32, bfloat16 or float16: of teacher an
 compile = "auto"             # torch.compile: auto (on a GPU), true or false
 profile = 0                  # steps to record, once warm, as out_dir/trace.json for chrome://tracing or perfetto; 0 = off
 # -----------------------------------------------------------------------------
-started = time.time()
 settings = configure(globals())
 checkpoint = None
 if init_from == "resume":
