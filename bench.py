@@ -5,6 +5,7 @@
 
 The reference (github.com/madebyollin/seraena) is written down again here from its published facts: AdamW, a discriminator
 with BatchNorm and 7.5M parameters, a Python list of old fakes, float16 autocast on a GPU, float32 on a CPU.
+An image counts each time it is trained on; train.py trains on a crop --echo times, so the line of new images is given, too.
 Also printed is the floor: the time that a step's multiplications or memory traffic need at the rates measured here.
 """
 import copy
@@ -29,13 +30,13 @@ from teacher import NAMES
 
 # -----------------------------------------------------------------------------
 # settings
-teacher = "sdxl-random"    # sdxl-random: a VAE of SDXL's size, random weights (speed does not depend on them); or as in train.py
+teacher = "sdxl-random"    # sdxl-random: a VAE of SDXL's size, random weights (speed does not depend on them); or a diffusers folder, a hub id, path/x_encoder.pth
 data_dir = ""              # folder of images; '' = 24 synthetic pictures of 512 pixels, written as JPEG
 crop = 96                  # training crop in pixels
 batch_size = 8             # crops a step
 pairs = 5                  # times that each takes its turn
 steps = 10                 # steps timed in a turn, after 3 to warm up
-extra = ""                 # more flags for train.py, separated by spaces, for example --echo=1
+extra = ""                 # more flags for train.py alone, separated by spaces, for example --echo=1
 reference_dtype = "auto"   # of the reference's autocast and teacher: auto (as in the notebook), or as train.py's --dtype
 device = "auto"            # auto, cuda, mps or cpu
 # -----------------------------------------------------------------------------
@@ -101,8 +102,10 @@ def reference_loop(teacher, paths):
     discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), 3e-4, betas=(0.9, 0.99))
     scaler, discriminator_scaler = (torch.amp.GradScaler(place.type, enabled=half) for _ in range(2))
     replay, capacity = [], 16384
-    loader = torch.utils.data.DataLoader(ReferenceCrops(paths, crop), batch_size, shuffle=True, drop_last=True,
-                                         num_workers=min(12, os.cpu_count()))
+    torch.backends.cudnn.benchmark = True
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    loader = torch.utils.data.DataLoader(ReferenceCrops(paths * 10_000, crop), batch_size, shuffle=True,  # one epoch, no restart
+                                         num_workers=min(12, cores))
     while True:
         for images in loader:
             with torch.no_grad():
@@ -120,7 +123,7 @@ def reference_loop(teacher, paths):
                 else:
                     for old, new in zip(random.choice(replay), pair):
                         old.copy_(new)
-            old_fake, old_latent = (torch.stack(tensors) for tensors in zip(*random.choices(replay, k=batch_size // 2)))
+            old_fake, old_latent = (torch.stack(tensors) for tensors in zip(*random.choices(replay, k=max(1, batch_size // 2))))
             n = batch_size - len(old_fake)
             is_fake = torch.rand(batch_size, 1, 1, 1, device=place) < 0.5
             image = torch.where(is_fake, torch.cat([fake[:n], old_fake]), real)
@@ -135,7 +138,7 @@ def reference_loop(teacher, paths):
             discriminator_scaler.update()
             discriminator_loss.item()
 
-            # decoder: along the gradient that brings the fake's scores to the real image's, at unit size for each picture
+            # decoder: along the gradient that brings the fake's scores to the real image's, at unit size
             discriminator.eval()
             correction = torch.zeros_like(fake, requires_grad=True)
             with amp:
@@ -174,13 +177,15 @@ def work(network, *inputs):
     return total
 
 
-def rate(amount, call, place):
-    """amount / seconds of a call, the best of 10."""
+def rate(amount, call):
+    """amount / seconds of a call, the best of 10 times 10 calls."""
     seconds = []
     for _ in range(10):
         start = time.perf_counter()
-        call()[0, 0].item()  # .item() waits for the device
-        seconds.append(time.perf_counter() - start)
+        for _ in range(10):
+            result = call()
+        result[0, 0].item()  # waits for the device
+        seconds.append((time.perf_counter() - start) / 10)
     return amount / min(seconds)
 
 
@@ -196,9 +201,9 @@ def floor(teacher, echo, width):
         "decoder": (3, work(Decoder(latent_channels, factor, width), latent)),
         "discriminator": (2 * 3 + 2 + 1, work(Discriminator(latent_channels), image, latent))}
     matrix = torch.randn(4096, 4096, device=place, dtype=pick_dtype("auto", place))
-    operations_rate = rate(2 * 4096**3, lambda: matrix @ matrix, place)
-    large = torch.zeros(16, 2**23, device=place)
-    bytes_rate = rate(2 * large.nbytes, large.clone, place)
+    operations_rate = rate(2 * 4096**3, lambda: matrix @ matrix)
+    large, other = torch.zeros(16, 2**23, device=place), torch.zeros(16, 2**23, device=place)
+    bytes_rate = rate(2 * large.nbytes, lambda: other.copy_(large))
     print(f"rates here: {operations_rate / 1e12:.2f} T operations/s in a matrix product, {bytes_rate / 1e9:.1f} GB/s in a copy")
     total = 0.0
     for name, (passes, (operations, traffic)) in parts.items():
@@ -234,7 +239,7 @@ def time_reference(loop):
 
 
 def main():
-    require_positive(globals(), "pairs", "steps", "batch_size")
+    require_positive(globals(), "pairs", "steps", "batch_size", "crop")
     with tempfile.TemporaryDirectory() as folder:
         name, data = teacher, data_dir
         if teacher == "sdxl-random":
@@ -259,7 +264,7 @@ def main():
             print(f"{pair + 1}: train.py {ours:.2f}, reference {reference:.2f}: {ours / reference:.2f} times "
                   f"(data wait {report['data_wait']:.0%}, peak {report['peak_memory_mb']} MB)", flush=True)
         ours, reference, times = map(statistics.median, zip(*speeds))
-        print(f"median: train.py {ours:.2f}, reference {reference:.2f}: {times:.2f} times")
+        print(f"median: train.py {ours:.2f}, reference {reference:.2f}: {times:.2f} times; new images: {ours / settings['echo']:.2f}, {reference:.2f}")
         least = floor(name, settings["echo"], settings["width"])
         print(f"train.py takes {1000 * batch_size / ours:.0f} ms a step, the floor is {1000 * least:.0f} ms: {least * ours / batch_size:.0%} of it reached")
 

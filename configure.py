@@ -85,6 +85,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)  # what torch.cuda says of memory and random states is of the current device
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         stop(f"--device={name}: cannot be used here ({str(error).splitlines()[0]}); --device=auto picks one that can")

@@ -23,7 +23,8 @@ import platform
 import signal
 import time
 
-started = time.time()  # the imports below take seconds
+# before the imports that take seconds
+started = time.time()
 
 import diffusers
 import torch
@@ -55,7 +56,7 @@ width = 64                   # channels of the student: 64 = the released TAESD;
 train_encoder = True         # false = leave the encoder as init_from has it
 train_decoder = True         # false = leave the decoder as init_from has it
 # losses
-adversarial_weight = 1.0     # relativistic adversarial loss; 0 = off, and no discriminator
+adversarial_weight = 1.0     # relativistic adversarial loss; 0 = off: no discriminator, plain MSE throughout
 lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours; 0 = off
 mse_iters = 200              # first steps of a decoder from scratch: plain MSE instead, so D has something to judge
 replay_size = 4096           # old fakes kept for the discriminator, as bytes on the device; 0 = only fresh fakes
@@ -78,7 +79,7 @@ settings = configure(globals())
 checkpoint = None
 if init_from == "resume":
     checkpoint = load_checkpoint(out_dir)
-    before = {name: value for name, value in checkpoint["settings"].items() if name in settings and name not in ("out_dir", "init_from")}
+    before = {name: value for name, value in checkpoint["settings"].items() if name in settings and name not in ("out_dir", "init_from", "profile")}
     globals().update(before)         # the run's own settings...
     settings = configure(globals())  # ...but for what this command line says
 elif os.path.exists(os.path.join(out_dir, "ckpt.pt")):
@@ -94,6 +95,7 @@ def require(name, holds, rule):
 
 require_positive(settings, "max_iters", "batch_size", "echo", "workers", "width", "log_interval", "eval_interval", "eval_images", "learning_rate",
                  "discriminator_lr", "ema_halflife")
+echo = settings["echo"] = math.gcd(echo, batch_size)  # 16 images have no third
 require("seed", seed < 2**32 - 1, "must be less than 2**32 - 1")
 require("color_augment", color_augment <= 1, "must be between 0 and 1")
 require("replay_size", replay_size == 0 or replay_size >= batch_size, f"must be 0 or at least the batch size, {batch_size}")
@@ -122,7 +124,8 @@ for network in networks.values():
     network.to(device, memory_format=torch.channels_last)
 encoder.requires_grad_(train_encoder)
 decoder.requires_grad_(train_decoder)
-student, averages = [*encoder.parameters(), *decoder.parameters()], [*ema_encoder.parameters(), *ema_decoder.parameters()]
+student = [*encoder.parameters()] * train_encoder + [*decoder.parameters()] * train_decoder
+averages = [*ema_encoder.parameters()] * train_encoder + [*ema_decoder.parameters()] * train_decoder
 
 fused = device.type != "mps"
 student_optimizer = torch.optim.Adam(student, learning_rate, betas=(0.9, 0.9), amsgrad=True, fused=fused)
@@ -140,7 +143,7 @@ def log(record):
         with open(os.path.join(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        stop(f"{out_dir}: could not be written ({error}); the last checkpoint is untouched, --init_from=resume goes on with it")
+        stop(f"{out_dir}: could not be written ({error}); a checkpoint there is untouched, --init_from=resume goes on with it")
 
 
 def progress(images_per_second):
@@ -150,7 +153,7 @@ def progress(images_per_second):
 def check_finite(record):
     for name, value in record.items():
         if not math.isfinite(value):
-            stop(f"step {step}: {name} is {value}. The checkpoint in {out_dir} is from before; go on with --init_from=resume and "
+            stop(f"step {step}: {name} is {value}. A checkpoint in {out_dir} is from before; go on with --init_from=resume and "
                  f"a smaller --learning_rate, or --dtype=float32")
 
 
@@ -225,14 +228,11 @@ class Memory:
 
     def push(self, images, latents):
         """Append while there is room, then replace at random."""
-        n = min(len(images), len(self.images))
-        if self.filled + n <= len(self.images):
-            slots = torch.arange(self.filled, self.filled + n, device=device)
-            self.filled += n
-        else:
-            slots = torch.randperm(self.filled, device=device)[:n]
-        self.images[slots] = (images[:n].clamp(0, 1) * 255).round().to(torch.uint8)
-        self.latents[slots] = latents[:n].to(torch.float16)
+        free = torch.arange(self.filled, min(self.filled + len(images), len(self.images)), device=device)
+        slots = torch.cat([free, torch.randperm(self.filled, device=device)[:len(images) - len(free)]])
+        self.filled += len(free)
+        self.images[slots] = (images[:len(slots)].clamp(0, 1) * 255).round().to(torch.uint8)
+        self.latents[slots] = latents[:len(slots)].to(torch.float16)
 
     def fill_up(self, images, latents, n):
         """These pairs and as many from memory as make it a batch of n, float32."""
@@ -245,7 +245,7 @@ class Memory:
         return self.filled == len(self.images)
 
     def state_dict(self):
-        return {"images": self.images[:self.filled].cpu().clone(), "latents": self.latents[:self.filled].cpu().clone()}
+        return {"images": self.images[:self.filled].to("cpu", copy=True), "latents": self.latents[:self.filled].to("cpu", copy=True)}
 
     def load_state_dict(self, state):
         self.filled = min(len(self.images), len(state["images"]))
@@ -263,8 +263,7 @@ def half_old(replay, fakes, latents):
 # start, or go on
 adversarial = train_decoder and adversarial_weight > 0
 pair_shapes = (3, crop, crop), (vae.latent_channels, crop // vae.factor, crop // vae.factor)
-echo = settings["echo"] = math.gcd(echo, batch_size)
-new_images = batch_size // echo  # the others of a batch come from the pool, where a crop is mixed with those of 64 batches
+new_images = batch_size // echo  # in a batch; the others come from the pool, where a crop is mixed with those of 64 batches
 pool = Memory(64 * batch_size if echo > 1 else 0, *pair_shapes)
 replay = Memory(replay_size if adversarial else 0, *pair_shapes)
 memories = {"pool": pool, "replay": replay}
@@ -309,6 +308,7 @@ print(f"student   width {width}: encoder {parameters(encoder):,}, decoder {param
       f"discriminator {parameters(discriminator):,}")
 print(f"images    {len(images.train):,} to train on, {len(images.val):,} held out" if images.train else
       "images    synthetic dead leaves, to try things out: a real run wants --data_dir=a folder of images")
+print(f"batch     {batch_size} crops of {crop} pixels, {new_images} of them new: each serves {echo} steps")
 print(f"machine   {device}, {dtype_name}, compile {'on' if compile else 'off'}, torch {torch.__version__}")
 val_real = images.held_out(eval_images, eval_size).to(device, memory_format=torch.channels_last) / 255
 val_latent = chunked(vae.encode, val_real)
@@ -324,7 +324,7 @@ log({"settings": settings, "versions": versions, "device": str(device), "dtype":
 
 # -----------------------------------------------------------------------------
 # the loop
-if compile:  # in their first steps, each for its one shape; `.forward`, for Module.compile does not see through a Sequential
+if compile:  # when first called, each for its one shape; `.forward`, for Module.compile does not see through a Sequential
     for network in (encoder, decoder, discriminator, vae.vae.encoder):
         network.forward = torch.compile(network.forward, dynamic=False)
 signal.signal(signal.SIGINT, stop_after_step)
@@ -333,27 +333,26 @@ zero = torch.zeros((), device=device)
 figures, history, waited = {}, [], 0.0
 train_seconds, report_seconds, clock = 0.0, 0.0, time.time()  # of training alone: the clock stops for evaluations
 loader = batches(images, crop, new_images, color_augment, seed, workers, start=batches_read, pin=device.type == "cuda")
-profiler = torch.profiler.profile()
 while True:
     # look, save, stop
     if step == max_iters or stopping or step % eval_interval == 0 and (step > first_step or init_from not in ("scratch", "resume")):
         train_seconds += time.time() - clock
-        figures = {} if stopping else evaluate()
+        figures = evaluate() if not stopping else {}
         check_finite(figures)
         if figures:
             log(progress((images_seen - first_image) / max(train_seconds, 1e-9)) | figures)
             print(f"eval {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
         save()
+        if step >= max_iters or not figures:
+            break
         clock = time.time()
-    if step >= max_iters or stopping:
-        break
 
     # real images and the teacher's latents: a few new ones, or, until the pool is full, new ones only; the others from the pool
     waiting = time.time()
-    new = torch.cat([next(loader) for _ in range(1 if pool.full else echo)])
-    waited, batches_read = waited + time.time() - waiting, batches_read + len(new) // new_images
-    new = new.to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
-    new_latent = torch.cat([vae.encode(part) for part in new.split(new_images)])
+    parts = [next(loader).to(device, non_blocking=True) for _ in range(1 if pool.full else echo)]
+    waited, batches_read = waited + time.time() - waiting, batches_read + len(parts)
+    parts = [part.to(memory_format=torch.channels_last).float() / 255 for part in parts]
+    new, new_latent = torch.cat(parts), torch.cat([vae.encode(part) for part in parts])  # in parts: one shape for the teacher
     real, latent = pool.fill_up(new, new_latent, batch_size)
     pool.push(new, new_latent)
 
@@ -399,8 +398,10 @@ while True:
         torch._foreach_lerp_(averages, student, 1 - 0.5 ** (batch_size / halflife))
 
     if step == first_step + 1:
+        loss.item()  # waits for the device
         print(f"start     {time.time() - started:.1f} s until the first step was done", flush=True)
     if profile and step == profile_from:
+        profiler = torch.profiler.profile()
         profiler.start()
     if profile and step == profile_from + profile:
         profiler.stop()
