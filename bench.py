@@ -30,12 +30,12 @@ from teacher import NAMES
 
 # -----------------------------------------------------------------------------
 # settings
-teacher = "sdxl-random"    # sdxl-random: a VAE of SDXL's size, random weights (speed does not depend on them); or a diffusers folder, a hub id, path/x_encoder.pth
+teacher = "sdxl-random"    # a VAE of SDXL's size with random weights, on which speed does not depend; or as in train.py, without ::
 data_dir = ""              # folder of images; '' = 24 synthetic pictures of 512 pixels, written as JPEG
 crop = 96                  # training crop in pixels
 batch_size = 8             # crops a step
 pairs = 5                  # times that each takes its turn
-steps = 10                 # steps timed in a turn, after 3 to warm up
+steps = 10                 # steps timed in a turn, after some to warm up (3 of the reference, 70 of train.py, whose pool must fill)
 extra = ""                 # more flags for train.py alone, separated by spaces, for example --echo=1
 reference_dtype = "auto"   # of the reference's autocast and teacher: auto (as in the notebook), or as train.py's --dtype
 device = "auto"            # auto, cuda, mps or cpu
@@ -84,7 +84,7 @@ def reference_teacher(name, place, dtype):
         encoder.to(place, dtype).requires_grad_(False)
         return encoder, shape["latent_channels"], shape["factor"], encoder
     from diffusers import AutoencoderKL
-    vae = AutoencoderKL.from_pretrained(NAMES.get(name, name), torch_dtype=dtype).to(place).requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(NAMES.get(name, name), torch_dtype=dtype, low_cpu_mem_usage=False).to(place).requires_grad_(False)
     return (lambda images: vae.encode(images * 2 - 1).latent_dist.sample() * vae.config.scaling_factor,
             vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1), vae.encoder)
 
@@ -254,7 +254,8 @@ def main():
             for i in range(24):
                 Image.fromarray(dead_leaves(512, np.random.default_rng(i))).save(os.path.join(data, f"{i}.jpg"), quality=95)
         place = pick_device(device)
-        print(f"torch {torch.__version__}, {place}, {torch.get_num_threads()} CPU threads; teacher {teacher}, {crop} pixels, batch {batch_size}; images/s")
+        print(f"torch {torch.__version__}, {place}, {torch.get_num_threads()} CPU threads; teacher {teacher}, {crop} pixels, batch {batch_size}; "
+              f"images/s; a pair takes minutes on a CPU", flush=True)
         loop, speeds = reference_loop(name, find_images(data)), []
         for pair in range(pairs):
             reference = time_reference(loop)
@@ -264,9 +265,11 @@ def main():
             print(f"{pair + 1}: train.py {ours:.2f}, reference {reference:.2f}: {ours / reference:.2f} times "
                   f"(data wait {report['data_wait']:.0%}, peak {report['peak_memory_mb']} MB)", flush=True)
         ours, reference, times = map(statistics.median, zip(*speeds))
-        print(f"median: train.py {ours:.2f}, reference {reference:.2f}: {times:.2f} times; new images: {ours / settings['echo']:.2f}, {reference:.2f}")
+        print(f"median: train.py {ours:.2f}, reference {reference:.2f}: {times:.2f} times "
+              f"(of images never seen before: {ours / settings['echo']:.2f}, {reference:.2f})")
         least = floor(name, settings["echo"], settings["width"])
-        print(f"train.py takes {1000 * batch_size / ours:.0f} ms a step, the floor is {1000 * least:.0f} ms: {least * ours / batch_size:.0%} of it reached")
+        print(f"train.py takes {1000 * batch_size / ours:.0f} ms a step, the floor is {1000 * least:.0f} ms: "
+              f"{least * ours / batch_size:.0%} of it reached")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def configure(settings, arguments=None):
     for name in names:
         default = settings[name]
 
-        def convert(text, name=name, kind=type(default)):
+        def convert(text, name=name, default=default, kind=type(default)):
             parse, rule = RULES[kind]
             try:
                 value = parse(text)

@@ -117,6 +117,9 @@ def save_file(path, write):
         if os.path.isfile(aside):
             os.remove(aside)
         stop(f"{path}: could not be written ({error}); what was there before is untouched. Free some space, then go on")
+    for root, _, names in os.walk(aside):  # safetensors writes files that only their owner may read
+        for name in names:
+            os.chmod(os.path.join(root, name), 0o644)
     shutil.rmtree(path, ignore_errors=True)  # only a folder: os.replace cannot do those
     os.replace(aside, path)
 

@@ -315,7 +315,10 @@ def test_training_learns_and_leaves_everything(tiny_run):
     assert {"images_seen", "images_per_second", "peak_memory_mb", "val_psnr", "val_lowres_mse", "val_latent_mse", "val_sharpness"} <= last.keys()
     assert last["images_seen"] == "960" and float(last["val_psnr"]) == evaluations[-1]["val_psnr"]
     assert {path.name for path in out.iterdir()} == {"ckpt.pt", "diffusers", "log.jsonl", "samples", "taesd_decoder.pth", "taesd_encoder.pth"}
+    assert {oct(path.stat().st_mode)[-3:] for path in (out / "diffusers").iterdir()} == {"644"}
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["0000080.png", "0000160.png", "0000240.png", "teacher.png"]
+    process = start("train.py", "--init_from=resume", f"--out_dir={out}")
+    assert "has done 240 steps" in process.communicate()[1] and process.returncode == 1
 
 
 def test_sample(tiny_run):
@@ -338,13 +341,13 @@ def test_resume_continues_as_if_never_stopped(tmp_path):
         lines = {json.dumps({key: value for key, value in line.items() if key not in timing}) for line in records(out_dir) if "step" in line}
         return sorted(line for line in lines if "val_psnr" not in line), [line for line in lines if '"step": 70' in line and "val_psnr" in line]
     assert figures(whole) == figures(parts) and len(figures(whole)[0]) == 70
-    # a pool of 64 batches is filled with whole batches of new crops, then renewed by a quarter of a batch a step
-    assert torch.load(parts / "ckpt.pt", weights_only=True)["batches_read"] == 64 * 4 + 6
+    # a pool of 64 batches is filled with whole batches of new crops, then renewed by half a batch a step
+    assert torch.load(parts / "ckpt.pt", weights_only=True)["batches_read"] == 64 * 2 + 6
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 def test_compiled_once_and_profiled(tmp_path):
-    process = start("train.py", *TINY, "--compile=true", "--echo=2", "--max_iters=90", "--profile=2", f"--out_dir={tmp_path / 'out'}",
+    process = start("train.py", *TINY, "--compile=true", "--max_iters=90", "--profile=2", f"--out_dir={tmp_path / 'out'}",
                     TORCH_LOGS="recompiles")
     output, errors = process.communicate()
     assert process.returncode == 0 and "compile on" in output, errors
@@ -390,7 +393,7 @@ def test_mistakes_are_one_clear_line(tmp_path, tiny_run):
     (tmp_path / "flux" / "config.json").write_text('{"_class_name": "AutoencoderOobleck"}')
     unreadable, half = f"--data_dir={tmp_path / 'texts'}", "more than half"
     mistakes = {  # arguments: what the line must say
-        ("--lerning_rate=1",): "--learning_rate", ("--batch_size=big",): "whole number", ("--batch_size=0",): "more than 0",
+        ("--lerning_rate=1",): "--learning_rate", ("--batch_size=big",): "whole number, for example --batch_size=16", ("--batch_size=0",): "more than 0",
         ("--compile=maybe",): "auto, true or false", ("--profile=9", "--max_iters=9"): "raise --max_iters", ("batch_size=8",): "--name=value", ("--crop=50",): "multiple",
         ("--data_dir=nowhere",): "no such folder", (f"--data_dir={tmp_path / 'empty'}",): "holds no",
         (unreadable,): ".jpg", (unreadable, f"--val_dir={tiny_run.folder}"): half, ("--learning_rate=-1",): "0 or more",

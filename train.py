@@ -23,8 +23,9 @@ import platform
 import signal
 import time
 
-# before the imports that take seconds
+# before the imports that take seconds; until the loop runs, Ctrl-C leaves at once
 started = time.time()
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import diffusers
 import torch
@@ -48,7 +49,7 @@ val_dir = ""                 # folder of held-out images; '' = 5% of data_dir, c
 crop = 96                    # training crop in pixels, a multiple of the teacher's factor; finish a long run at 256
 batch_size = 16              # crops a step
 color_augment = 0.07         # share of crops with randomly mixed colour channels; 0 = off
-echo = 4                     # steps that a crop and its teacher latent serve: 1 / echo of each batch is new; 1 = off
+echo = 2                     # steps that a crop and its teacher latent serve: 1 / echo of each batch is new; 1 = off
 workers = 4                  # threads that read images
 # teacher and student
 teacher = "toy"              # toy, sd, sd-mse, sdxl, a diffusers folder, a hub id, or a taesd.py pair's encoder.pth
@@ -197,6 +198,7 @@ def stop_after_step(signum, frame):
     global stopping
     stopping = True
     signal.signal(signum, signal.SIG_DFL)
+    os.write(2, b"stopping after this step; once more to leave without saving\n")  # print is not safe in a signal handler
 
 
 # -----------------------------------------------------------------------------
@@ -297,6 +299,8 @@ if init_from == "resume":
     torch.set_rng_state(checkpoint["rng"])
     if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    if step >= max_iters:
+        stop(f"--max_iters={max_iters}: the run in {out_dir} has done {step} steps; raise --max_iters to go on")
 first_step, first_image, checkpoint = step, images_seen, None  # frees its memory
 profile_from = max(first_step + 64, mse_iters) + 10  # the pool is full and D at work
 require("profile", not profile or profile_from + profile <= max_iters, f"begins at step {profile_from}; raise --max_iters")
@@ -304,11 +308,11 @@ require("profile", not profile or profile_from + profile <= max_iters, f"begins 
 dtype_name = str(dtype).removeprefix("torch.")
 print(f"teacher   {teacher}: {vae.class_name}, {vae.parameters:,} parameters, factor {vae.factor}, {vae.latent_channels} channels, "
       f"scaling factor {vae.scaling_factor:g}, shift {vae.shift_factor:g}")
-print(f"student   width {width}: encoder {parameters(encoder):,}, decoder {parameters(decoder):,} parameters; "
-      f"discriminator {parameters(discriminator):,}")
+print(f"student   width {width}: encoder {parameters(encoder):,}, decoder {parameters(decoder):,} parameters"
+      + f"; discriminator {parameters(discriminator):,}" * adversarial)
 print(f"images    {len(images.train):,} to train on, {len(images.val):,} held out" if images.train else
       "images    synthetic dead leaves, to try things out: a real run wants --data_dir=a folder of images")
-print(f"batch     {batch_size} crops of {crop} pixels, {new_images} of them new: each serves {echo} steps")
+print(f"batch     {batch_size} crops of {crop} pixels" + f", {new_images} of them new after 64 steps: each serves {echo} steps" * (echo > 1))
 print(f"machine   {device}, {dtype_name}, compile {'on' if compile else 'off'}, torch {torch.__version__}")
 val_real = images.held_out(eval_images, eval_size).to(device, memory_format=torch.channels_last) / 255
 val_latent = chunked(vae.encode, val_real)
