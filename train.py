@@ -56,27 +56,15 @@ teacher = "toy"              # toy, sd, sd-mse, sdxl, a diffusers folder, a hub 
 width = 64                   # channels of the student: 64 = the released TAESD; 32 or 16 for phones and CPUs
 train_encoder = True         # false = leave the encoder as init_from has it
 train_decoder = True         # false = leave the decoder as init_from has it
-# losses: the weight of each term; 0 = off, and not computed
-recipe = "default"           # a set of these settings: default, taesd-1.0, taesd-1.1, taesd-1.2, seraena, ft-ema or ft-mse; flags win over it
-encoder_loss = "mse"         # of the student's latents: mse or l1
-encoder_adversarial_weight = 0.0  # D also judges pairs of real image and student's latent (TAESD 1.2)
-adversarial_weight = 1.0     # D must not tell the fake from the real image
-adversarial_form = "squares"   # squares (least squares) or softplus, both relativistic; or hinge
-adversarial_scaling = "none"   # of its gradient: none; unit (on each image, seraena); adaptive (to the pixel losses', CompVis)
-adversarial_start = 200        # steps before D begins; they are plain MSE where there is no mse_weight or l1_weight
-replay_size = 4096           # old fakes kept for D, as bytes on the device: half of the fakes it sees; 0 = only fresh fakes
-lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours
-mse_weight = 0.0             # MSE of the pixels
-l1_weight = 0.0              # L1 of the pixels
-frequency_weight = 0.0       # L1 of the amplitudes of the 2-D Fourier transform
-lpips_weight = 0.0           # perceptual distance, from the lpips package
-latent_noise = 0.0           # the decoder learns from latents with up to this much noise, so that it also decodes unfinished ones
+# losses
+adversarial_weight = 1.0     # relativistic adversarial loss; 0 = off: no discriminator, plain MSE throughout
+lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours; 0 = off
+mse_iters = 200              # first steps of a decoder from scratch: plain MSE instead, so D has something to judge
+replay_size = 4096           # old fakes kept for the discriminator, as bytes on the device; 0 = only fresh fakes
 # optimizer
 learning_rate = 3e-4         # of encoder and decoder: Adam, betas (0.9, 0.9), amsgrad
 discriminator_lr = 3e-4      # of the discriminator: Adam, betas (0.5, 0.99)
-warmup_iters = 0             # steps over which the learning rates rise
-cooldown = 0.0               # share of max_iters over which, at the end, they fall to 0
-ema_halflife = 10_000        # images after which a weight counts half in the average that is evaluated and exported; 0 = no average
+ema_halflife = 10_000        # images after which a weight counts half in the average that is evaluated and exported
 # reports
 log_interval = 50            # steps between lines in log.jsonl and on the screen
 eval_interval = 1000         # steps between evaluations; each writes a picture, a checkpoint and the exports
@@ -88,27 +76,8 @@ dtype = "auto"               # auto, float32, bfloat16 or float16: of teacher an
 compile = "auto"             # torch.compile: auto (on a GPU), true or false
 profile = 0                  # steps to record, once warm, as out_dir/trace.json for chrome://tracing or perfetto; 0 = off
 # -----------------------------------------------------------------------------
-RECIPES = {
-    "default": {},
-    # the author's, by version, from taesd issues 2 and 11; he names the terms, the weights are ours
-    "taesd-1.0": dict(adversarial_start=0, mse_weight=0.1, lowres_weight=0.0),
-    "taesd-1.1": dict(adversarial_start=0, lpips_weight=0.5, frequency_weight=0.1, lowres_weight=1.0),
-    "taesd-1.2": dict(adversarial_start=0, lowres_weight=1.0, encoder_adversarial_weight=0.01),
-    # the losses of his notebook, beside our discriminator
-    "seraena": dict(adversarial_start=0, adversarial_scaling="unit", adversarial_weight=2.0, lowres_weight=0.0, replay_size=16384, learning_rate=3e-5),
-    # the decoders of Stable Diffusion's VAE, from CompVis/latent-diffusion
-    "ft-ema": dict(l1_weight=1.0, lpips_weight=1.0, adversarial_form="hinge", adversarial_scaling="adaptive", adversarial_weight=0.5,
-                   adversarial_start=50_001, lowres_weight=0.0, replay_size=0),
-    "ft-mse": dict(mse_weight=1.0, lpips_weight=0.1, adversarial_form="hinge", adversarial_scaling="adaptive", adversarial_weight=0.5,
-                   adversarial_start=50_001, lowres_weight=0.0, replay_size=0),
-}
 settings = configure(globals())
 checkpoint = None
-if init_from != "resume":
-    if recipe not in RECIPES:
-        stop(f"--recipe={recipe}: must be one of {', '.join(RECIPES)}")
-    globals().update(RECIPES[recipe])
-    settings = configure(globals())  # the command line wins over the recipe
 if init_from == "resume":
     checkpoint = load_checkpoint(out_dir)
     before = {name: value for name, value in checkpoint["settings"].items() if name in settings and name not in ("out_dir", "init_from", "profile")}
@@ -126,16 +95,12 @@ def require(name, holds, rule):
 
 
 require_positive(settings, "max_iters", "batch_size", "echo", "workers", "width", "log_interval", "eval_interval", "eval_images", "learning_rate",
-                 "discriminator_lr")
+                 "discriminator_lr", "ema_halflife")
 echo = settings["echo"] = math.gcd(echo, batch_size)  # 16 images have no third
 require("seed", seed < 2**32 - 1, "must be less than 2**32 - 1")
 require("color_augment", color_augment <= 1, "must be between 0 and 1")
 require("replay_size", replay_size == 0 or replay_size >= batch_size, f"must be 0 or at least the batch size, {batch_size}")
 require("train_decoder", train_encoder or train_decoder, "nothing is left to train: train_encoder is false, too")
-require("cooldown", cooldown <= 1, "must be between 0 and 1")
-require("encoder_loss", encoder_loss in ("mse", "l1"), "must be mse or l1")
-require("adversarial_form", adversarial_form in ("squares", "softplus", "hinge"), "must be squares, softplus or hinge")
-require("adversarial_scaling", adversarial_scaling in ("none", "unit", "adaptive"), "must be none, unit or adaptive")
 require("compile", compile.lower() in ("auto", "true", "false"), "must be auto, true or false")
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
@@ -206,9 +171,6 @@ def evaluate():
              "our encoder and decoder": from_student[:8]}, os.path.join(out_dir, "samples", f"{step:07d}.png"))
     figures = {f"val_{name}": value for name, value in measure(from_teacher, val_real).items()}
     figures["val_latent_mse"] = F.mse_loss(latents, val_latent).item()
-    std, goal_std = latents.std((0, 2, 3)), val_latent.std((0, 2, 3))
-    figures["val_latent_mean_error"] = ((latents.mean((0, 2, 3)) - val_latent.mean((0, 2, 3))).abs() / goal_std).max().item()
-    figures["val_latent_std_error"] = (std / goal_std - 1).abs().max().item()  # of the worst channel, both
     figures["val_psnr_raw"] = measure(raw, val_real)["psnr"]  # of the weights as they are, not averaged
     return {name: round(value, 6) for name, value in figures.items()}
 
@@ -244,59 +206,18 @@ def stop_after_step(signum, frame):
 
 
 def discriminator_loss(real_scores, fake_scores):
-    """What D minimises; scores are large for real."""
-    if adversarial_form == "squares":  # real towards +1, fake towards -1
-        return (real_scores - 1).square().mean() + (fake_scores + 1).square().mean()
-    if adversarial_form == "softplus":  # each real above its fake (RpGAN)
-        return F.softplus(fake_scores - real_scores).mean()
-    return F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean()
+    """Least squares: real towards +1, fake towards -1."""
+    return (real_scores - 1).square().mean() + (fake_scores + 1).square().mean()
 
 
-def adversarial_loss(real_scores, fake_scores):
-    """What the decoder minimises. The first two are relativistic: however good D is, fake and real are pulled together."""
-    if adversarial_form == "squares":  # how far D tells the fake from its own real image
-        return (fake_scores - real_scores).square().mean()
-    if adversarial_form == "softplus":
-        return F.softplus(real_scores - fake_scores).mean()
-    return -fake_scores.mean()
+def relativistic_distance(real_scores, fake_scores):
+    """How far D tells the fake from its own real image. It vanishes only where both score alike, however good D is."""
+    return (fake_scores - real_scores).square().mean()
 
 
 def lowres_mse(fake, real):
     """MSE of the mean colours of 8x8 patches."""
     return F.mse_loss(F.avg_pool2d(fake, 8), F.avg_pool2d(real, 8))
-
-
-def frequency_l1(fake, real):
-    """L1 of the amplitudes of the 2-D Fourier transform: how much of each frequency there is, wherever it lies."""
-    return F.l1_loss(torch.fft.rfft2(fake, norm="ortho").abs(), torch.fft.rfft2(real, norm="ortho").abs())
-
-
-def of_unit_gradient(loss, fake):
-    """A stand-in for the loss whose gradient on each fake image has a standard deviation of 1 / fake.numel() (seraena)."""
-    gradient = torch.autograd.grad(scaler.scale(loss), fake)[0]
-    return (fake * gradient / (gradient.std((1, 2, 3), keepdim=True) + 1e-12)).mean()
-
-
-def adaptive_weight(loss, adversarial, layer):
-    """Makes the gradients of both losses equally large at the decoder's last layer (VQGAN, CompVis/latent-diffusion)."""
-    gradient = torch.autograd.grad(loss, layer, retain_graph=True)[0]
-    of_adversarial = torch.autograd.grad(adversarial, layer, retain_graph=True)[0]
-    return (gradient.norm() / (of_adversarial.norm() + 1e-4)).clamp(0, 1e4).detach()
-
-
-def ramp(step):
-    """What the learning rates are multiplied by: linearly up to 1 over warmup_iters, down to 0 over the last share, cooldown."""
-    return min(1.0, (step + 1) / max(1, warmup_iters), (max_iters - step) / max(1.0, cooldown * max_iters))
-
-
-def lpips_loss():
-    """The perceptual distance of the `lpips` package, of images in [0,1]."""
-    try:
-        import lpips
-        distance = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
-    except Exception as error:  # not installed, or its VGG weights cannot be downloaded
-        stop(f"--lpips_weight={lpips_weight}: needs the lpips package and its VGG weights ({error}); pip install lpips, or --lpips_weight=0")
-    return lambda fake, real: distance(fake * 2 - 1, real * 2 - 1).mean()
 
 
 class Memory:
@@ -343,10 +264,6 @@ def half_old(replay, fakes, latents):
 # -----------------------------------------------------------------------------
 # start, or go on
 adversarial = train_decoder and adversarial_weight > 0
-weights = {"mse": mse_weight, "l1": l1_weight, "lowres_mse": lowres_weight, "frequency": frequency_weight, "lpips": lpips_weight}
-pixel_losses = {"mse": F.mse_loss, "l1": F.l1_loss, "lowres_mse": lowres_mse, "frequency": frequency_l1}
-if lpips_weight > 0:
-    pixel_losses["lpips"] = lpips_loss()
 pair_shapes = (3, crop, crop), (vae.latent_channels, crop // vae.factor, crop // vae.factor)
 new_images = batch_size // echo  # in a batch; the others come from the pool, where a crop is mixed with those of 64 batches
 pool = Memory(64 * batch_size if echo > 1 else 0, *pair_shapes)
@@ -368,7 +285,7 @@ if checkpoint:
                 stop(f"--init_from={init_from}: its {name} does not fit: {error}")
     if all(half in checkpoint["ready"] for half in ready):
         images_averaged = checkpoint["images_averaged"]
-        adversarial_start = settings["adversarial_start"] = 0 if init_from != "resume" else adversarial_start
+        mse_iters = settings["mse_iters"] = 0 if init_from != "resume" else mse_iters
     ready = sorted({*ready, *checkpoint["ready"]})
 if init_from == "resume":
     if checkpoint["settings"]["crop"] != crop:
@@ -378,13 +295,14 @@ if init_from == "resume":
     for name, part in (optimizers | memories).items():
         if checkpoint[name]:  # a scaler that was off has no state
             part.load_state_dict(checkpoint[name])
+    student_optimizer.param_groups[0]["lr"], discriminator_optimizer.param_groups[0]["lr"] = learning_rate, discriminator_lr
     torch.set_rng_state(checkpoint["rng"])
     if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])
     if step >= max_iters:
         stop(f"--max_iters={max_iters}: the run in {out_dir} has done {step} steps; raise --max_iters to go on")
 first_step, first_image, checkpoint = step, images_seen, None  # frees its memory
-profile_from = max(first_step + 64, adversarial_start) + 10  # the pool is full and D at work
+profile_from = max(first_step + 64, mse_iters) + 10  # the pool is full and D at work
 require("profile", not profile or profile_from + profile <= max_iters, f"begins at step {profile_from}; raise --max_iters")
 
 dtype_name = str(dtype).removeprefix("torch.")
@@ -413,11 +331,9 @@ log({"settings": settings, "versions": versions, "device": str(device), "dtype":
 if compile:  # when first called, each for its one shape; `.forward`, for Module.compile does not see through a Sequential
     for network in (encoder, decoder, discriminator, vae.vae.encoder):
         network.forward = torch.compile(network.forward, dynamic=False)
-    torch._functorch.config.donated_buffer = adversarial_scaling != "adaptive"  # which goes through a graph twice
 signal.signal(signal.SIGINT, stop_after_step)
 signal.signal(signal.SIGTERM, stop_after_step)
 zero = torch.zeros((), device=device)
-term_names = ["encoder", "encoder_adversarial", "adversarial", "discriminator", *pixel_losses]
 figures, history, waited = {}, [], 0.0
 train_seconds, report_seconds, clock = 0.0, 0.0, time.time()  # of training alone: the clock stops for evaluations
 loader = batches(images, crop, new_images, color_augment, seed, workers, start=batches_read, pin=device.type == "cuda")
@@ -445,57 +361,35 @@ while True:
     pool.push(new, new_latent)
 
     # the terms of the loss: each is reported by its name
-    terms = dict.fromkeys(term_names, zero)
-    loss = zero
+    terms = dict.fromkeys(("encoder_mse", "decoder_mse", "adversarial", "lowres_mse", "discriminator"), zero)
     if train_encoder:
         with amp:
-            encoded = encoder(real).float()
-        loss = terms["encoder"] = F.mse_loss(encoded, latent) if encoder_loss == "mse" else F.l1_loss(encoded, latent)
+            terms["encoder_mse"] = F.mse_loss(encoder(real).float(), latent)
     if train_decoder:
-        judged = adversarial and step >= adversarial_start
-        encoder_judged = judged and train_encoder and encoder_adversarial_weight > 0
-        if latent_noise > 0:
-            latent = latent + latent_noise * torch.rand(len(latent), 1, 1, 1, device=device) * torch.randn_like(latent)
         with amp:
             fake = decoder(latent).float()
-        for name, weight in weights.items() if judged or mse_weight or l1_weight else [("mse", 1.0)]:
-            if weight > 0:
-                terms[name] = pixel_losses[name](fake, real)
-                loss = loss + weight * terms[name]
-    if train_decoder and judged:
-        # discriminator: a step of its own, on real images and on fakes new and old
-        old_and_new_fake, its_latent = half_old(replay, fake.detach(), latent)
-        with amp:
-            real_scores = discriminator(real, latent).float()
-            fake_scores = discriminator(old_and_new_fake, its_latent).float()
-            if encoder_judged:
-                encoded_scores = discriminator(real, encoded.detach()).float()
-        terms["discriminator"] = discriminator_loss(real_scores, fake_scores)
-        if encoder_judged:
-            terms["discriminator"] = terms["discriminator"] + discriminator_loss(real_scores, encoded_scores)
-        discriminator_optimizer.zero_grad()
-        scaler.scale(terms["discriminator"]).backward()
-        scaler.step(discriminator_optimizer)
+        if step < mse_iters or not adversarial:
+            terms["decoder_mse"] = F.mse_loss(fake, real)
+        else:
+            # discriminator: a step of its own, on real images and on fakes new and old
+            old_and_new_fake, its_latent = half_old(replay, fake.detach(), latent)
+            with amp:
+                real_scores = discriminator(real, latent).float()
+                fake_scores = discriminator(old_and_new_fake, its_latent).float()
+            terms["discriminator"] = discriminator_loss(real_scores, fake_scores)
+            discriminator_optimizer.zero_grad()
+            scaler.scale(terms["discriminator"]).backward()
+            scaler.step(discriminator_optimizer)
 
-        # decoder: cannot be told from the real image
-        discriminator.requires_grad_(False)
-        with amp:
-            real_scores = discriminator(real, latent).float()
-            fake_scores = discriminator(fake, latent).float()
-            if encoder_judged:
-                encoded_scores = discriminator(real, encoded).float()
-        discriminator.requires_grad_(True)
-        pull = terms["adversarial"] = adversarial_loss(real_scores, fake_scores)
-        if adversarial_scaling == "unit":
-            pull = of_unit_gradient(pull, fake)
-        if adversarial_scaling == "adaptive":
-            pull = pull * adaptive_weight(loss, pull, decoder[-1].weight)
-        loss = loss + adversarial_weight * pull
-        if encoder_judged:
-            terms["encoder_adversarial"] = adversarial_loss(real_scores, encoded_scores)
-            loss = loss + encoder_adversarial_weight * terms["encoder_adversarial"]
-    for optimizer, rate in ((student_optimizer, learning_rate), (discriminator_optimizer, discriminator_lr)):
-        optimizer.param_groups[0]["lr"] = rate * ramp(step)
+            # decoder: cannot be told from the real image, and keeps its colours
+            discriminator.requires_grad_(False)
+            with amp:
+                real_scores = discriminator(real, latent).float()
+                fake_scores = discriminator(fake, latent).float()
+            discriminator.requires_grad_(True)
+            terms["adversarial"] = relativistic_distance(real_scores, fake_scores)
+            terms["lowres_mse"] = lowres_mse(fake, real)
+    loss = terms["encoder_mse"] + terms["decoder_mse"] + adversarial_weight * terms["adversarial"] + lowres_weight * terms["lowres_mse"]
     student_optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(student_optimizer)
@@ -505,7 +399,7 @@ while True:
     # average the weights over images; early on over the last tenth of them, so that the first noise is soon forgotten
     halflife = min(ema_halflife, 0.1 * images_averaged)
     with torch.no_grad():
-        torch._foreach_lerp_(averages, student, 1 - 0.5 ** (batch_size / max(halflife, 1e-9)))
+        torch._foreach_lerp_(averages, student, 1 - 0.5 ** (batch_size / halflife))
 
     if step == first_step + 1:
         loss.item()  # waits for the device
