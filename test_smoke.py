@@ -348,11 +348,11 @@ def test_resume_continues_as_if_never_stopped(tmp_path):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 def test_compiled_once_and_profiled(tmp_path):
     process = start("train.py", *TINY, "--compile=true", "--max_iters=90", "--profile=2", f"--out_dir={tmp_path / 'out'}",
-                    TORCH_LOGS="recompiles")
+                    TORCH_LOGS="recompiles,dynamic")
     output, errors = process.communicate()
     assert process.returncode == 0 and "compile on" in output, errors
     # encoder and decoder are both a Sequential; D judges with a gradient for its weights, for the fake, for neither
-    assert errors.count("Recompiling function") <= 3, errors
+    assert errors.count("Recompiling function") <= 3 and "create_symbol" not in errors, errors  # no sizes left open
     trace = json.loads((tmp_path / "out" / "trace.json").read_text())
     assert any("convolution" in event.get("name", "") for event in trace["traceEvents"])
 
@@ -375,6 +375,10 @@ def test_each_half_alone(tmp_path, tiny_run):
     run("train.py", *TINY, "--max_iters=2", "--train_encoder=false", f"--init_from={tiny_run.out}", f"--out_dir={tmp_path / 'decoder'}")
     before, after = (torch.load(out / "taesd_encoder.pth", weights_only=True) for out in (tiny_run.out, tmp_path / "decoder"))
     assert all(torch.equal(before[key], after[key]) for key in before)  # frozen as it was loaded, and exported
+    shutil.copytree(tiny_run.out, tmp_path / "resumed")
+    run("train.py", "--init_from=resume", "--train_encoder=false", "--max_iters=242", f"--out_dir={tmp_path / 'resumed'}")
+    after = torch.load(tmp_path / "resumed" / "taesd_encoder.pth", weights_only=True)
+    assert all(torch.equal(before[key], after[key]) for key in before)  # nor does its average move on
 
 
 class Hostile:

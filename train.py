@@ -125,8 +125,9 @@ for network in networks.values():
     network.to(device, memory_format=torch.channels_last)
 encoder.requires_grad_(train_encoder)
 decoder.requires_grad_(train_decoder)
-student = [*encoder.parameters()] * train_encoder + [*decoder.parameters()] * train_decoder
-averages = [*ema_encoder.parameters()] * train_encoder + [*ema_decoder.parameters()] * train_decoder
+student = [*encoder.parameters(), *decoder.parameters()]
+trained = [*encoder.parameters()] * train_encoder + [*decoder.parameters()] * train_decoder
+averages = [*ema_encoder.parameters()] * train_encoder + [*ema_decoder.parameters()] * train_decoder  # of the trained ones
 
 fused = device.type != "mps"
 student_optimizer = torch.optim.Adam(student, learning_rate, betas=(0.9, 0.9), amsgrad=True, fused=fused)
@@ -272,9 +273,8 @@ memories = {"pool": pool, "replay": replay}
 step = images_seen = images_averaged = batches_read = 0
 ready = [half for half in ("encoder", "decoder") if settings[f"train_{half}"]]  # an untrained half is noise: not exported
 if checkpoint:
-    for key, here in shape.items():
-        if checkpoint["shape"][key] != here:
-            stop(f"--init_from={init_from}: its student has {key} {checkpoint['shape'][key]}, this run asks for {here}")
+    if checkpoint["shape"] != shape:
+        stop(f"--init_from={init_from}: its student is {checkpoint['shape']}, this run asks for {shape}")
     for name, network in networks.items():
         if init_from != "resume" and name in ("encoder", "decoder"):
             name = f"ema_{name}"  # a new run starts from the averaged weights, the better ones
@@ -285,7 +285,8 @@ if checkpoint:
                 stop(f"--init_from={init_from}: its {name} does not fit: {error}")
     if all(half in checkpoint["ready"] for half in ready):
         images_averaged = checkpoint["images_averaged"]
-        mse_iters = settings["mse_iters"] = 0 if init_from != "resume" else mse_iters
+        if init_from != "resume":
+            mse_iters = settings["mse_iters"] = 0
     ready = sorted({*ready, *checkpoint["ready"]})
 if init_from == "resume":
     if checkpoint["settings"]["crop"] != crop:
@@ -335,12 +336,11 @@ signal.signal(signal.SIGINT, stop_after_step)
 signal.signal(signal.SIGTERM, stop_after_step)
 zero = torch.zeros((), device=device)
 figures, history, waited = {}, [], 0.0
-train_seconds, report_seconds, clock = 0.0, 0.0, time.time()  # of training alone: the clock stops for evaluations
+train_seconds, clock = 0.0, time.time()  # since the last report or evaluation: every evaluation comes right after a report
 loader = batches(images, crop, new_images, color_augment, seed, workers, start=batches_read, pin=device.type == "cuda")
 while True:
     # look, save, stop
     if step == max_iters or stopping or step % eval_interval == 0 and (step > first_step or init_from not in ("scratch", "resume")):
-        train_seconds += time.time() - clock
         figures = evaluate() if not stopping else {}
         check_finite(figures)
         if figures:
@@ -399,7 +399,7 @@ while True:
     # average the weights over images; early on over the last tenth of them, so that the first noise is soon forgotten
     halflife = min(ema_halflife, 0.1 * images_averaged)
     with torch.no_grad():
-        torch._foreach_lerp_(averages, student, 1 - 0.5 ** (batch_size / halflife))
+        torch._foreach_lerp_(averages, trained, 1 - 0.5 ** (batch_size / halflife))
 
     if step == first_step + 1:
         loss.item()  # waits for the device
@@ -417,15 +417,15 @@ while True:
     if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters or stopping:
         mean = dict(zip(terms, torch.stack(history).mean(0).tolist()))
         check_finite(mean)
-        now = train_seconds + time.time() - clock
-        rate = len(history) * batch_size / (now - report_seconds)
+        seconds = time.time() - clock
+        rate = len(history) * batch_size / seconds
         report = progress(rate) | {name: round(value, 6) for name, value in mean.items()}
-        report |= {"data_wait": round(waited / (now - report_seconds), 3), "peak_memory_mb": peak_memory_mb(device)}
+        report |= {"data_wait": round(waited / seconds, 3), "peak_memory_mb": peak_memory_mb(device)}
         log(report)
         left = datetime.timedelta(seconds=round((max_iters - step) * batch_size / rate))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in report.items() if name not in ("step", "images_seen"))
         print(f"step {step}/{max_iters}  images_seen {images_seen:,}  {shown}  left {left}", flush=True)
-        history, waited, report_seconds = [], 0.0, now
+        history, waited, train_seconds, clock = [], 0.0, train_seconds + seconds, time.time()
 
 loader.close()
 rate = (images_seen - first_image) / max(train_seconds, 1e-9)
