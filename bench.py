@@ -2,6 +2,7 @@
 
     python bench.py                                                                     # a VAE of SDXL's size, random weights
     python bench.py --teacher=taef2_encoder.pth --data_dir=photos --crop=64 --batch_size=16
+    python bench.py --teacher=taef2_encoder.pth --data_dir=photos --crop=64 --batch_size=16 --val_dir=val --minutes=10   # quality
 
 The reference (github.com/madebyollin/seraena) is written down again here from its published facts: AdamW, a discriminator
 with BatchNorm and 7.5M parameters, a Python list of old fakes, float16 autocast on a GPU, float32 on a CPU.
@@ -24,9 +25,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from configure import configure, pick_device, pick_dtype, require_positive
-from data import dead_leaves, find_images, to_tensor
+from data import Images, dead_leaves, find_images, to_tensor
 from model import Decoder, Discriminator, Encoder, load_taesd
-from teacher import NAMES
+from sample import chunked, measure, picture
+from teacher import NAMES, Teacher
 
 # -----------------------------------------------------------------------------
 # settings
@@ -37,6 +39,10 @@ batch_size = 8             # crops a step
 pairs = 5                  # times that each takes its turn
 steps = 10                 # steps timed in a turn, after some to warm up (3 of the reference, 70 of train.py, whose pool must fill)
 extra = ""                 # more flags for train.py alone, separated by spaces, for example --echo=1
+minutes = 0.0              # instead: train the reference alone for so long, and measure it every minute on val_dir
+val_dir = ""               # folder of held-out images; '' = 5% of data_dir
+reference_lr = 3e-5        # of the reference's encoder and decoder
+width = 64                 # channels of the reference's student
 reference_dtype = "auto"   # of the reference's autocast and teacher: auto (as in the notebook), or as train.py's --dtype
 device = "auto"            # auto, cuda, mps or cpu
 # -----------------------------------------------------------------------------
@@ -90,15 +96,15 @@ def reference_teacher(name, place, dtype):
 
 
 def reference_loop(teacher, paths):
-    """Endless generator: one training step of the notebook at a time."""
+    """Endless generator: the averaged student after each training step of the notebook."""
     place = pick_device(device)
     dtype = pick_dtype(reference_dtype.replace("auto", "float16" if place.type == "cuda" else "float32"), place)
     amp, half = torch.autocast(place.type, dtype, enabled=dtype != torch.float32), dtype == torch.float16
     encode, latent_channels, factor, _ = reference_teacher(teacher, place, dtype)
-    model = nn.ModuleDict({"encoder": Encoder(latent_channels, factor), "decoder": Decoder(latent_channels, factor)}).to(place)
+    model = nn.ModuleDict({"encoder": Encoder(latent_channels, factor, width), "decoder": Decoder(latent_channels, factor, width)}).to(place)
     average, averaged_at = copy.deepcopy(model), time.time()
     discriminator = ReferenceDiscriminator(latent_channels).to(place)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-5, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), reference_lr, betas=(0.9, 0.99))
     discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), 3e-4, betas=(0.9, 0.99))
     scaler, discriminator_scaler = (torch.amp.GradScaler(place.type, enabled=half) for _ in range(2))
     replay, capacity = [], 16384
@@ -157,7 +163,7 @@ def reference_loop(teacher, paths):
                 with torch.no_grad():
                     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 0.05)
             loss.item()
-            yield
+            yield average
 
 
 # -----------------------------------------------------------------------------
@@ -220,7 +226,7 @@ def time_ours(teacher, data, folder):
     """(settings, last report) of train.py, in a process of its own: its pool is full by then."""
     warm_up = 70
     out_dir = tempfile.mkdtemp(dir=folder)
-    flags = dict(teacher=teacher, data_dir=data, crop=crop, batch_size=batch_size, device=device, out_dir=out_dir, mse_iters=0, log_interval=warm_up,
+    flags = dict(teacher=teacher, data_dir=data, crop=crop, batch_size=batch_size, device=device, out_dir=out_dir, adversarial_start=0, log_interval=warm_up,
                  eval_images=1, eval_interval=10**9, max_iters=warm_up + steps)
     command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), *(f"--{k}={v}" for k, v in flags.items())]
     subprocess.run(command + extra.split(), check=True, stdout=subprocess.DEVNULL)
@@ -238,7 +244,29 @@ def time_reference(loop):
     return steps * batch_size / (time.time() - start)
 
 
+def measure_reference():
+    """Train the reference for some minutes; print its figures on the held-out images as train.py does."""
+    vae, images = Teacher(teacher), Images(data_dir, val_dir)
+    real = images.held_out(100, 256) / 255
+    latent = chunked(vae.encode, real)
+    start, minute = time.time(), 1
+    for step, average in enumerate(reference_loop(teacher, images.train), 1):
+        if time.time() > start + 60 * minute:
+            minute += 1
+            with torch.no_grad():
+                average.cpu()
+                latents, fake = chunked(average["encoder"], real), chunked(average["decoder"], latent).clamp(0, 1)
+                average.to(pick_device(device))
+            figures = measure(fake, real) | {"latent_mse": F.mse_loss(latents, latent).item()}
+            print(f"minute {minute - 1}  step {step}  images_seen {step * batch_size:,}  "
+                  + "  ".join(f"val_{name} {value:.4g}" for name, value in figures.items()), flush=True)
+            if minute > minutes:
+                return picture({"original": real[:8], "reference": fake[:8]}, "reference.png")
+
+
 def main():
+    if minutes:
+        return measure_reference()
     require_positive(globals(), "pairs", "steps", "batch_size", "crop")
     with tempfile.TemporaryDirectory() as folder:
         name, data = teacher, data_dir

@@ -81,6 +81,9 @@ class Discriminator(nn.Module):
             nn.Conv2d(256, 256, 3, padding=1),
         ])
         self.scores = nn.ModuleList(nn.Conv2d(block.out_channels, 1, 1) for block in self.blocks)
+        for layer in (*self.blocks, *self.scores):  # torch's own initialisation lets the signal fade: D would sleep for hundreds of steps
+            nn.init.kaiming_normal_(layer.weight, 0.2)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, image, latent):
         x = torch.cat([image * 2 - 1, F.interpolate(latent, image.shape[-2:])], 1)

@@ -47,24 +47,38 @@ seed = 0                     # of weights, crops and replay
 data_dir = ""                # folder of images, searched recursively; '' = synthetic dead leaves, to try things out
 val_dir = ""                 # folder of held-out images; '' = 5% of data_dir, chosen by file name
 crop = 96                    # training crop in pixels, a multiple of the teacher's factor; finish a long run at 256
+window = 256                 # crops are cut from squares of up to this side that the teacher encodes whole, as it does in use
 batch_size = 16              # crops a step
 color_augment = 0.07         # share of crops with randomly mixed colour channels; 0 = off
-echo = 2                     # steps that a crop and its teacher latent serve: 1 / echo of each batch is new; 1 = off
+echo = 2.0                   # times that a crop and its teacher latent are used, on average
 workers = 4                  # threads that read images
 # teacher and student
 teacher = "toy"              # toy, sd, sd-mse, sdxl, a diffusers folder, a hub id, or a taesd.py pair's encoder.pth
 width = 64                   # channels of the student: 64 = the released TAESD; 32 or 16 for phones and CPUs
 train_encoder = True         # false = leave the encoder as init_from has it
 train_decoder = True         # false = leave the decoder as init_from has it
-# losses
-adversarial_weight = 1.0     # relativistic adversarial loss; 0 = off: no discriminator, plain MSE throughout
-lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours; 0 = off
-mse_iters = 200              # first steps of a decoder from scratch: plain MSE instead, so D has something to judge
-replay_size = 4096           # old fakes kept for the discriminator, as bytes on the device; 0 = only fresh fakes
+# losses: the weight of each term; 0 = off, and not computed
+recipe = "default"           # or taesd-1.0, taesd-1.1, taesd-1.2, seraena, ft-ema, ft-mse: sets several of these; flags win over it
+encoder_loss = "mse"         # of the student's latents: mse or l1
+encoder_adversarial_weight = 0.0  # D also judges pairs of real image and student's latent (TAESD 1.2)
+adversarial_weight = 1.0     # D must not tell the fake from the real image
+adversarial_form = "squares" # squares (least squares) or softplus, both relativistic; or hinge
+adversarial_scaling = "none" # of its gradient: none; unit (on each image, seraena); adaptive (to the pixel losses', CompVis)
+adversarial_start = 200      # steps before D begins; they are plain MSE where there is no mse_weight or l1_weight
+replay_size = 4096           # old fakes kept for D, as bytes on the device: half of the fakes it sees; 0 = only fresh fakes
+lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours
+mse_weight = 10.0            # MSE of the pixels
+l1_weight = 0.0              # L1 of the pixels
+frequency_weight = 0.0       # L1 of the amplitudes of the 2-D Fourier transform
+lpips_weight = 0.0           # perceptual distance, from the lpips package
+latent_noise = 0.0           # the decoder learns from latents with up to this much noise, so that it also decodes unfinished ones
 # optimizer
-learning_rate = 3e-4         # of encoder and decoder: Adam, betas (0.9, 0.9), amsgrad
-discriminator_lr = 3e-4      # of the discriminator: Adam, betas (0.5, 0.99)
-ema_halflife = 10_000        # images after which a weight counts half in the average that is evaluated and exported
+learning_rate = 1e-3         # of encoder and decoder
+muon = True                  # Muon for the weights of hidden layers, Adam for the rest; false = Adam for all
+discriminator_lr = 1e-3      # of the discriminator
+warmup_iters = 0             # steps over which the learning rates rise
+cooldown = 0.5               # share of max_iters over which, at the end, they fall to 0
+ema_halflife = 10_000        # images after which a weight counts half in the average that is evaluated and exported; 0 = no average
 # reports
 log_interval = 50            # steps between lines in log.jsonl and on the screen
 eval_interval = 1000         # steps between evaluations; each writes a picture, a checkpoint and the exports
@@ -76,8 +90,28 @@ dtype = "auto"               # auto, float32, bfloat16 or float16: of teacher an
 compile = "auto"             # torch.compile: auto (on a GPU), true or false
 profile = 0                  # steps to record, once warm, as out_dir/trace.json for chrome://tracing or perfetto; 0 = off
 # -----------------------------------------------------------------------------
+AUTHOR = dict(muon=False, learning_rate=3e-4, discriminator_lr=3e-4, cooldown=0.0, window=0, adversarial_start=0, mse_weight=0.0)
+RECIPES = {
+    "default": {},
+    # the author's, by version, from taesd issues 2 and 11; he names the terms and the optimizer, the weights are ours
+    "taesd-1.0": AUTHOR | dict(mse_weight=0.1, lowres_weight=0.0),
+    "taesd-1.1": AUTHOR | dict(lpips_weight=0.5, frequency_weight=0.1, lowres_weight=1.0),
+    "taesd-1.2": AUTHOR | dict(lowres_weight=1.0, encoder_adversarial_weight=0.01),
+    # the losses of his notebook, beside our discriminator
+    "seraena": AUTHOR | dict(adversarial_scaling="unit", adversarial_weight=2.0, lowres_weight=0.0, replay_size=16384, learning_rate=3e-5),
+    # the losses of Stable Diffusion's own decoders, from CompVis/latent-diffusion
+    "ft-ema": dict(l1_weight=1.0, mse_weight=0.0, lpips_weight=1.0, adversarial_form="hinge", adversarial_scaling="adaptive",
+                   adversarial_weight=0.5, adversarial_start=50_001, lowres_weight=0.0, replay_size=0),
+    "ft-mse": dict(mse_weight=1.0, lpips_weight=0.1, adversarial_form="hinge", adversarial_scaling="adaptive",
+                   adversarial_weight=0.5, adversarial_start=50_001, lowres_weight=0.0, replay_size=0),
+}
 settings = configure(globals())
 checkpoint = None
+if init_from != "resume":
+    if recipe not in RECIPES:
+        stop(f"--recipe={recipe}: must be one of {', '.join(RECIPES)}")
+    globals().update(RECIPES[recipe])
+    settings = configure(globals())  # the command line wins over the recipe
 if init_from == "resume":
     checkpoint = load_checkpoint(out_dir)
     before = {name: value for name, value in checkpoint["settings"].items() if name in settings and name not in ("out_dir", "init_from", "profile")}
@@ -94,13 +128,17 @@ def require(name, holds, rule):
         stop(f"--{name}={globals()[name]}: {rule}")
 
 
-require_positive(settings, "max_iters", "batch_size", "echo", "workers", "width", "log_interval", "eval_interval", "eval_images", "learning_rate",
-                 "discriminator_lr", "ema_halflife")
-echo = settings["echo"] = math.gcd(echo, batch_size)  # 16 images have no third
+require_positive(settings, "max_iters", "batch_size", "workers", "width", "log_interval", "eval_interval", "eval_images", "learning_rate",
+                 "discriminator_lr")
+require("echo", echo >= 1, "must be 1 or more")
 require("seed", seed < 2**32 - 1, "must be less than 2**32 - 1")
 require("color_augment", color_augment <= 1, "must be between 0 and 1")
 require("replay_size", replay_size == 0 or replay_size >= batch_size, f"must be 0 or at least the batch size, {batch_size}")
 require("train_decoder", train_encoder or train_decoder, "nothing is left to train: train_encoder is false, too")
+require("cooldown", cooldown <= 1, "must be between 0 and 1")
+require("encoder_loss", encoder_loss in ("mse", "l1"), "must be mse or l1")
+require("adversarial_form", adversarial_form in ("squares", "softplus", "hinge"), "must be squares, softplus or hinge")
+require("adversarial_scaling", adversarial_scaling in ("none", "unit", "adaptive"), "must be none, unit or adaptive")
 require("compile", compile.lower() in ("auto", "true", "false"), "must be auto, true or false")
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
@@ -129,11 +167,61 @@ student = [*encoder.parameters(), *decoder.parameters()]
 trained = [*encoder.parameters()] * train_encoder + [*decoder.parameters()] * train_decoder
 averages = [*ema_encoder.parameters()] * train_encoder + [*ema_decoder.parameters()] * train_decoder  # of the trained ones
 
-fused = device.type != "mps"
-student_optimizer = torch.optim.Adam(student, learning_rate, betas=(0.9, 0.9), amsgrad=True, fused=fused)
-discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), discriminator_lr, betas=(0.5, 0.99), fused=fused)
-scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-optimizers = {"student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer, "scaler": scaler}
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: all directions in a layer's weights learn equally fast (Jordan et al. 2024).
+
+    A convolution [out,in,k,k] is a matrix [out,in*k*k]. The steps are those of torch.optim.Muon with weight_decay=0 and
+    adjust_lr_fn="match_rms_adamw", which takes matrices only, one by one; here all of one shape are multiplied together.
+    """
+    def __init__(self, weights, lr, momentum=0.95):
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        by_shape = {}
+        for weight in group["params"]:
+            if weight.grad is not None:
+                by_shape.setdefault(weight.shape, []).append(weight)
+        for weights in by_shape.values():
+            gradients = [weight.grad for weight in weights]
+            for weight in weights:
+                self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            momentum = [self.state[weight]["momentum"] for weight in weights]
+            torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
+            steps = torch.stack(torch._foreach_lerp(gradients, momentum, group["momentum"])).flatten(2)  # Nesterov's
+            size = 0.2 * max(steps.shape[1:]) ** 0.5  # makes their root mean square that of Adam's steps
+            steps = orthogonal(steps).unflatten(2, weights[0].shape[1:])
+            torch._foreach_add_(weights, list(steps.unbind()), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrices):
+    """[B,m,n]: the same matrices with all singular values near 1, by five Newton-Schulz iterations."""
+    x = matrices.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    x = x.mT if matrices.shape[1] > matrices.shape[2] else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
+
+
+def optimizers_of(name, parameters, hidden, lr, betas, amsgrad=False):
+    """{name: optimizer}: Muon for the weights of hidden layers, Adam for everything else, or for all."""
+    hidden = [weight for weight in hidden if weight.ndim == 4] if muon else []
+    others = [weight for weight in parameters if not any(weight is matrix for matrix in hidden)]
+    found = {f"{name}_adam": torch.optim.Adam(others, lr, betas, amsgrad=amsgrad, fused=device.type != "mps")}
+    return found | ({f"{name}_muon": Muon(hidden, lr)} if hidden else {})
+
+
+hidden = [weight for layer in (*encoder[1:-1], *decoder[2:-1]) for weight in layer.parameters()]
+student_optimizers = optimizers_of("student", student, hidden, learning_rate, (0.9, 0.9), amsgrad=True)
+hidden = [*discriminator.blocks[1:].parameters()]
+discriminator_optimizers = optimizers_of("discriminator", discriminator.parameters(), hidden, discriminator_lr, (0.5, 0.99))
+optimizers = student_optimizers | discriminator_optimizers
+scaler = optimizers["scaler"] = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 # -----------------------------------------------------------------------------
@@ -172,6 +260,9 @@ def evaluate():
              "our encoder and decoder": from_student[:8]}, os.path.join(out_dir, "samples", f"{step:07d}.png"))
     figures = {f"val_{name}": value for name, value in measure(from_teacher, val_real).items()}
     figures["val_latent_mse"] = F.mse_loss(latents, val_latent).item()
+    std, goal_std = latents.std((0, 2, 3)), val_latent.std((0, 2, 3))
+    figures["val_latent_mean_error"] = ((latents.mean((0, 2, 3)) - val_latent.mean((0, 2, 3))).abs() / goal_std).max().item()
+    figures["val_latent_std_error"] = (std / goal_std - 1).abs().max().item()  # of the worst channel, both
     figures["val_psnr_raw"] = measure(raw, val_real)["psnr"]  # of the weights as they are, not averaged
     return {name: round(value, 6) for name, value in figures.items()}
 
@@ -180,7 +271,7 @@ def save():
     """Everything that resume and sample.py need, then the averaged weights in the formats that others load."""
     state = {
         "settings": settings, "shape": shape, "step": step, "images_seen": images_seen, "images_averaged": images_averaged,
-        "ready": ready, "held_out": (val_real * 255).round().byte(), "batches_read": batches_read,
+        "ready": ready, "held_out": (val_real * 255).round().byte(), "batches_read": batches_read, "due": due,
         "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
     for name, part in (networks | optimizers | memories).items():
         state[name] = part.state_dict()
@@ -207,13 +298,21 @@ def stop_after_step(signum, frame):
 
 
 def discriminator_loss(real_scores, fake_scores):
-    """Least squares: real towards +1, fake towards -1."""
-    return (real_scores - 1).square().mean() + (fake_scores + 1).square().mean()
+    """What D minimises; scores are large for real."""
+    if adversarial_form == "squares":  # real towards +1, fake towards -1
+        return (real_scores - 1).square().mean() + (fake_scores + 1).square().mean()
+    if adversarial_form == "softplus":  # each real above its fake (RpGAN)
+        return F.softplus(fake_scores - real_scores).mean()
+    return F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean()
 
 
-def relativistic_distance(real_scores, fake_scores):
-    """How far D tells the fake from its own real image. It vanishes only where both score alike, however good D is."""
-    return (fake_scores - real_scores).square().mean()
+def adversarial_loss(real_scores, fake_scores):
+    """What the decoder minimises. The first two are relativistic: however good D is, fake and real are pulled together."""
+    if adversarial_form == "squares":  # how far D tells the fake from its own real image
+        return (fake_scores - real_scores).square().mean()
+    if adversarial_form == "softplus":
+        return F.softplus(real_scores - fake_scores).mean()
+    return -fake_scores.mean()
 
 
 def lowres_mse(fake, real):
@@ -221,56 +320,117 @@ def lowres_mse(fake, real):
     return F.mse_loss(F.avg_pool2d(fake, 8), F.avg_pool2d(real, 8))
 
 
+def frequency_l1(fake, real):
+    """L1 of the amplitudes of the 2-D Fourier transform: how much of each frequency there is, wherever it lies."""
+    return F.l1_loss(torch.fft.rfft2(fake, norm="ortho").abs(), torch.fft.rfft2(real, norm="ortho").abs())
+
+
+def of_unit_gradient(loss, fake):
+    """A stand-in for the loss whose gradient on each fake image has a standard deviation of 1 / fake.numel() (seraena)."""
+    gradient = torch.autograd.grad(scaler.scale(loss), fake)[0]
+    return (fake * gradient / (gradient.std((1, 2, 3), keepdim=True) + 1e-12)).mean()
+
+
+def adaptive_weight(loss, adversarial, layer):
+    """Makes the gradients of both losses equally large at the decoder's last layer (VQGAN, CompVis/latent-diffusion)."""
+    gradient = torch.autograd.grad(loss, layer, retain_graph=True)[0]
+    of_adversarial = torch.autograd.grad(adversarial, layer, retain_graph=True)[0]
+    return (gradient.norm() / (of_adversarial.norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+def ramp(step):
+    """What the learning rates are multiplied by: linearly up to 1 over warmup_iters, down to 0 over the last share, cooldown."""
+    return min(1.0, (step + 1) / max(1, warmup_iters), (max_iters - step) / max(1.0, cooldown * max_iters))
+
+
+def descend(optimizers, loss, lr):
+    """One step of each of the optimizers."""
+    for optimizer in optimizers.values():
+        optimizer.param_groups[0]["lr"] = lr * ramp(step)
+        optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    for optimizer in optimizers.values():
+        scaler.step(optimizer)
+
+
+def lpips_loss():
+    """The perceptual distance of the `lpips` package, of images in [0,1]."""
+    try:
+        import lpips
+        distance = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
+    except Exception as error:  # not installed, or its VGG weights cannot be downloaded
+        stop(f"--lpips_weight={lpips_weight}: needs the lpips package and its VGG weights ({error}); pip install lpips, or --lpips_weight=0")
+    return lambda fake, real: distance(fake * 2 - 1, real * 2 - 1).mean()
+
+
 class Memory:
-    """Pairs of image [3,H,W] in [0,1] and latent, kept on the device; images as bytes. Drawn and replaced at random."""
+    """Pairs of image [3,H,W] in [0,1] and latent, kept on the device; images as bytes. Drawn at random."""
 
     def __init__(self, size, image_shape, latent_shape):
         self.images = torch.zeros(size, *image_shape, dtype=torch.uint8, device=device)
         self.latents = torch.zeros(size, *latent_shape, dtype=torch.float16, device=device)
+        self.uses = torch.zeros(size, device=device)
         self.filled = 0
 
     def push(self, images, latents):
-        """Append while there is room, then replace at random."""
+        """Append while there is room, then take the place of those that were drawn most often."""
         free = torch.arange(self.filled, min(self.filled + len(images), len(self.images)), device=device)
-        slots = torch.cat([free, torch.randperm(self.filled, device=device)[:len(images) - len(free)]])
+        uses = self.uses[:self.filled] + torch.rand(self.filled, device=device)
+        slots = torch.cat([free, uses.topk(min(self.filled, len(images) - len(free))).indices])
         self.filled += len(free)
         self.images[slots] = (images[:len(slots)].clamp(0, 1) * 255).round().to(torch.uint8)
         self.latents[slots] = latents[:len(slots)].to(torch.float16)
+        self.uses[slots] = 0
 
-    def fill_up(self, images, latents, n):
-        """These pairs and as many from memory as make it a batch of n, float32."""
-        slots = torch.randint(max(1, self.filled), (n - len(images),), device=device)
-        images = torch.cat([images, self.images[slots].float() / 255]).contiguous(memory_format=torch.channels_last)
-        return images, torch.cat([latents, self.latents[slots].float()])
+    def draw(self, n):
+        """n different pairs, float32."""
+        slots = torch.randperm(self.filled, device=device)[:n]
+        self.uses[slots] += 1
+        return (self.images[slots].float() / 255).contiguous(memory_format=torch.channels_last), self.latents[slots].float()
 
     @property
     def full(self):
         return self.filled == len(self.images)
 
     def state_dict(self):
-        return {"images": self.images[:self.filled].to("cpu", copy=True), "latents": self.latents[:self.filled].to("cpu", copy=True)}
+        return {name: getattr(self, name)[:self.filled].to("cpu", copy=True) for name in ("images", "latents", "uses")}
 
     def load_state_dict(self, state):
         self.filled = min(len(self.images), len(state["images"]))
-        self.images[:self.filled], self.latents[:self.filled] = state["images"][:self.filled], state["latents"][:self.filled]
+        for name, values in state.items():
+            getattr(self, name)[:self.filled] = values[:self.filled]
 
 
 def half_old(replay, fakes, latents):
     """Remember a batch of fakes, so that D does not forget what it once caught; give one back, half new and half from memory."""
+    if not len(replay.images):
+        return fakes, latents
     replay.push(fakes, latents)
-    n = len(fakes) // 2 if len(replay.images) else 0
-    return replay.fill_up(fakes[n:], latents[n:], len(fakes))
+    n = len(fakes) // 2
+    old_fakes, old_latents = replay.draw(n)
+    return torch.cat([fakes[n:], old_fakes]), torch.cat([latents[n:], old_latents])
+
+
+def cut(squares, n):
+    """Cut [N,C,H,W] into n rows of n tiles each: [N*n*n,C,H/n,W/n]."""
+    return squares.unflatten(3, (n, -1)).unflatten(2, (n, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
 # -----------------------------------------------------------------------------
 # start, or go on
 adversarial = train_decoder and adversarial_weight > 0
+weights = {"mse": mse_weight, "l1": l1_weight, "lowres_mse": lowres_weight, "frequency": frequency_weight, "lpips": lpips_weight}
+pixel_losses = {"mse": F.mse_loss, "l1": F.l1_loss, "lowres_mse": lowres_mse, "frequency": frequency_l1}
+if lpips_weight > 0:
+    pixel_losses["lpips"] = lpips_loss()
 pair_shapes = (3, crop, crop), (vae.latent_channels, crop // vae.factor, crop // vae.factor)
-new_images = batch_size // echo  # in a batch; the others come from the pool, where a crop is mixed with those of 64 batches
-pool = Memory(64 * batch_size if echo > 1 else 0, *pair_shapes)
+pool = Memory(64 * batch_size, *pair_shapes)  # of crops, in which those of many images mix
+across = max(1, window // crop)  # crops side by side in a window
+windows = max(1, round(batch_size / echo / across**2))  # read at once
 replay = Memory(replay_size if adversarial else 0, *pair_shapes)
 memories = {"pool": pool, "replay": replay}
 step = images_seen = images_averaged = batches_read = 0
+due = 0.0  # crops that the pool still wants
 ready = [half for half in ("encoder", "decoder") if settings[f"train_{half}"]]  # an untrained half is noise: not exported
 if checkpoint:
     if checkpoint["shape"] != shape:
@@ -286,24 +446,23 @@ if checkpoint:
     if all(half in checkpoint["ready"] for half in ready):
         images_averaged = checkpoint["images_averaged"]
         if init_from != "resume":
-            mse_iters = settings["mse_iters"] = 0
+            adversarial_start = settings["adversarial_start"] = 0
     ready = sorted({*ready, *checkpoint["ready"]})
 if init_from == "resume":
     if checkpoint["settings"]["crop"] != crop:
         stop(f"--crop={crop}: a resumed run keeps its crop; to go on at another, start a new run with --init_from={out_dir} "
              f"and its own --out_dir")
-    step, images_seen, batches_read = checkpoint["step"], checkpoint["images_seen"], checkpoint["batches_read"]
+    step, images_seen, batches_read, due = (checkpoint[name] for name in ("step", "images_seen", "batches_read", "due"))
     for name, part in (optimizers | memories).items():
         if checkpoint[name]:  # a scaler that was off has no state
             part.load_state_dict(checkpoint[name])
-    student_optimizer.param_groups[0]["lr"], discriminator_optimizer.param_groups[0]["lr"] = learning_rate, discriminator_lr
     torch.set_rng_state(checkpoint["rng"])
     if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_rng"])
     if step >= max_iters:
         stop(f"--max_iters={max_iters}: the run in {out_dir} has done {step} steps; raise --max_iters to go on")
 first_step, first_image, checkpoint = step, images_seen, None  # frees its memory
-profile_from = max(first_step + 64, mse_iters) + 10  # the pool is full and D at work
+profile_from = max(first_step + 64, adversarial_start) + 10  # the pool is full and D at work
 require("profile", not profile or profile_from + profile <= max_iters, f"begins at step {profile_from}; raise --max_iters")
 
 dtype_name = str(dtype).removeprefix("torch.")
@@ -313,7 +472,7 @@ print(f"student   width {width}: encoder {parameters(encoder):,}, decoder {param
       + f"; discriminator {parameters(discriminator):,}" * adversarial)
 print(f"images    {len(images.train):,} to train on, {len(images.val):,} held out" if images.train else
       "images    synthetic dead leaves, to try things out: a real run wants --data_dir=a folder of images")
-print(f"batch     {batch_size} crops of {crop} pixels" + f", {new_images} of them new after 64 steps: each serves {echo} steps" * (echo > 1))
+print(f"batch     {batch_size} crops of {crop} pixels, each used {echo:g} times, cut from squares of {across * crop} pixels")
 print(f"machine   {device}, {dtype_name}, compile {'on' if compile else 'off'}, torch {torch.__version__}")
 val_real = images.held_out(eval_images, eval_size).to(device, memory_format=torch.channels_last) / 255
 val_latent = chunked(vae.encode, val_real)
@@ -321,7 +480,7 @@ val_teacher = chunked(vae.decode, val_latent)
 vae.drop_decoder()
 goal = measure(val_teacher, val_real)
 print(f"goal      the teacher's own round trip of the held-out images: psnr {goal['psnr']:.2f} dB, sharpness {goal['sharpness']:.2f}", flush=True)
-images.batch(crop, new_images, 0, [seed, batches_read])  # a folder of broken files stops the program here, before it leaves anything
+images.batch(across * crop, 1, 0, [seed, batches_read])  # a folder of broken files stops the program here, before it leaves anything
 os.makedirs(out_dir, exist_ok=True)
 versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
 picture({"original": val_real[:8], f"teacher: {teacher}": val_teacher[:8]}, os.path.join(out_dir, "samples", "teacher.png"))
@@ -332,12 +491,14 @@ log({"settings": settings, "versions": versions, "device": str(device), "dtype":
 if compile:  # when first called, each for its one shape; `.forward`, for Module.compile does not see through a Sequential
     for network in (encoder, decoder, discriminator, vae.vae.encoder):
         network.forward = torch.compile(network.forward, dynamic=False)
+    torch._functorch.config.donated_buffer = adversarial_scaling != "adaptive"  # which goes through a graph twice
 signal.signal(signal.SIGINT, stop_after_step)
 signal.signal(signal.SIGTERM, stop_after_step)
 zero = torch.zeros((), device=device)
+term_names = ["encoder", "encoder_adversarial", "adversarial", "discriminator", *pixel_losses]
 figures, history, waited = {}, [], 0.0
 train_seconds, clock = 0.0, time.time()  # since the last report or evaluation: every evaluation comes right after a report
-loader = batches(images, crop, new_images, color_augment, seed, workers, start=batches_read, pin=device.type == "cuda")
+loader = batches(images, across * crop, windows, color_augment, seed, workers, start=batches_read, pin=device.type == "cuda")
 while True:
     # look, save, stop
     if step == max_iters or stopping or step % eval_interval == 0 and (step > first_step or init_from not in ("scratch", "resume")):
@@ -351,55 +512,73 @@ while True:
             break
         clock = time.time()
 
-    # real images and the teacher's latents: a few new ones, or, until the pool is full, new ones only; the others from the pool
-    waiting = time.time()
-    parts = [next(loader).to(device, non_blocking=True) for _ in range(1 if pool.full else echo)]
-    waited, batches_read = waited + time.time() - waiting, batches_read + len(parts)
-    parts = [part.to(memory_format=torch.channels_last).float() / 255 for part in parts]
-    new, new_latent = torch.cat(parts), torch.cat([vae.encode(part) for part in parts])  # in parts: one shape for the teacher
-    real, latent = pool.fill_up(new, new_latent, batch_size)
-    pool.push(new, new_latent)
+    # real images and the teacher's latents: drawn from the pool, which takes in twice as many as it gives until it is full
+    due += batch_size / echo if pool.full else 2 * batch_size
+    while due > 0:
+        waiting = time.time()
+        squares = next(loader).to(device, non_blocking=True)
+        waited, batches_read = waited + time.time() - waiting, batches_read + 1
+        squares = squares.to(memory_format=torch.channels_last).float() / 255
+        pool.push(cut(squares, across), cut(vae.encode(squares), across))
+        due -= windows * across**2
+    real, latent = pool.draw(batch_size)
 
     # the terms of the loss: each is reported by its name
-    terms = dict.fromkeys(("encoder_mse", "decoder_mse", "adversarial", "lowres_mse", "discriminator"), zero)
+    terms = dict.fromkeys(term_names, zero)
+    loss = zero
     if train_encoder:
         with amp:
-            terms["encoder_mse"] = F.mse_loss(encoder(real).float(), latent)
+            encoded = encoder(real).float()
+        loss = terms["encoder"] = F.mse_loss(encoded, latent) if encoder_loss == "mse" else F.l1_loss(encoded, latent)
     if train_decoder:
+        judged = adversarial and step >= adversarial_start
+        encoder_judged = judged and train_encoder and encoder_adversarial_weight > 0
+        if latent_noise > 0:
+            latent = latent + latent_noise * torch.rand(len(latent), 1, 1, 1, device=device) * torch.randn_like(latent)
         with amp:
             fake = decoder(latent).float()
-        if step < mse_iters or not adversarial:
-            terms["decoder_mse"] = F.mse_loss(fake, real)
-        else:
-            # discriminator: a step of its own, on real images and on fakes new and old
-            old_and_new_fake, its_latent = half_old(replay, fake.detach(), latent)
-            with amp:
-                real_scores = discriminator(real, latent).float()
-                fake_scores = discriminator(old_and_new_fake, its_latent).float()
-            terms["discriminator"] = discriminator_loss(real_scores, fake_scores)
-            discriminator_optimizer.zero_grad()
-            scaler.scale(terms["discriminator"]).backward()
-            scaler.step(discriminator_optimizer)
+        for name, weight in weights.items() if judged or mse_weight or l1_weight else [("mse", 1.0)]:
+            if weight > 0:
+                terms[name] = pixel_losses[name](fake, real)
+                loss = loss + weight * terms[name]
+    if train_decoder and judged:
+        # discriminator: a step of its own, on real images and on fakes new and old
+        old_and_new_fake, its_latent = half_old(replay, fake.detach(), latent)
+        with amp:
+            real_scores = discriminator(real, latent).float()
+            fake_scores = discriminator(old_and_new_fake, its_latent).float()
+            if encoder_judged:
+                encoded_scores = discriminator(real, encoded.detach()).float()
+        terms["discriminator"] = discriminator_loss(real_scores, fake_scores)
+        if encoder_judged:
+            terms["discriminator"] = terms["discriminator"] + discriminator_loss(real_scores, encoded_scores)
+        descend(discriminator_optimizers, terms["discriminator"], discriminator_lr)
 
-            # decoder: cannot be told from the real image, and keeps its colours
-            discriminator.requires_grad_(False)
-            with amp:
-                real_scores = discriminator(real, latent).float()
-                fake_scores = discriminator(fake, latent).float()
-            discriminator.requires_grad_(True)
-            terms["adversarial"] = relativistic_distance(real_scores, fake_scores)
-            terms["lowres_mse"] = lowres_mse(fake, real)
-    loss = terms["encoder_mse"] + terms["decoder_mse"] + adversarial_weight * terms["adversarial"] + lowres_weight * terms["lowres_mse"]
-    student_optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.step(student_optimizer)
+        # decoder: cannot be told from the real image
+        discriminator.requires_grad_(False)
+        with amp:
+            real_scores = discriminator(real, latent).float()
+            fake_scores = discriminator(fake, latent).float()
+            if encoder_judged:
+                encoded_scores = discriminator(real, encoded).float()
+        discriminator.requires_grad_(True)
+        pull = terms["adversarial"] = adversarial_loss(real_scores, fake_scores)
+        if adversarial_scaling == "unit":
+            pull = of_unit_gradient(pull, fake)
+        if adversarial_scaling == "adaptive":
+            pull = pull * adaptive_weight(loss, pull, decoder[-1].weight)
+        loss = loss + adversarial_weight * pull
+        if encoder_judged:
+            terms["encoder_adversarial"] = adversarial_loss(real_scores, encoded_scores)
+            loss = loss + encoder_adversarial_weight * terms["encoder_adversarial"]
+    descend(student_optimizers, loss, learning_rate)
     scaler.update()
     step, images_seen, images_averaged = step + 1, images_seen + batch_size, images_averaged + batch_size
 
     # average the weights over images; early on over the last tenth of them, so that the first noise is soon forgotten
     halflife = min(ema_halflife, 0.1 * images_averaged)
     with torch.no_grad():
-        torch._foreach_lerp_(averages, trained, 1 - 0.5 ** (batch_size / halflife))
+        torch._foreach_lerp_(averages, trained, 1 - 0.5 ** (batch_size / max(halflife, 1e-9)))
 
     if step == first_step + 1:
         loss.item()  # waits for the device
