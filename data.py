@@ -134,7 +134,7 @@ def square_crop(path, size, rng=None):
     """A file's random square as [size,size,3] uint8 (the centre square for rng=None), upright, on a background."""
     with Image.open(path) as image:
         if min(image.size) < size / 2:
-            raise ValueError(f"{image.width}x{image.height} pixels is less than half of {size}")
+            raise ValueError(f"{image.width}x{image.height} pixels is less than half of {size}, see --window")
         if rng is None:
             image.draft("RGB", (2 * size, 2 * size))  # lets JPEG decode at a fraction of its size
         image.load()  # a broken file fails here, before it has drawn any random numbers

@@ -106,6 +106,48 @@ def parameters(module):
 
 
 # -----------------------------------------------------------------------------
+# the optimizer of hidden layers
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: all directions in a layer's weights learn equally fast (Jordan et al. 2024).
+
+    A convolution [out,in,k,k] is a matrix [out,in*k*k]. The steps are those of torch.optim.Muon with weight_decay=0 and
+    adjust_lr_fn="match_rms_adamw", which takes matrices only, one by one; here all of one shape are multiplied together,
+    in dtype.
+    """
+    def __init__(self, weights, lr, momentum=0.95, dtype=torch.float32):
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        by_shape = {}
+        for weight in group["params"]:
+            if weight.grad is not None:
+                by_shape.setdefault(weight.shape, []).append(weight)
+        for weights in by_shape.values():
+            gradients = [weight.grad for weight in weights]
+            momentum = [self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in weights]
+            torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
+            steps = torch.stack(torch._foreach_lerp(gradients, momentum, group["momentum"])).flatten(2)  # Nesterov's
+            size = 0.2 * max(steps.shape[1:]) ** 0.5  # makes their root mean square that of Adam's steps
+            steps = orthogonal(steps.to(self.dtype)).to(weights[0].dtype).unflatten(2, weights[0].shape[1:])
+            torch._foreach_add_(weights, list(steps.unbind()), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrices):
+    """[B,m,n]: the same matrices with all singular values near 1, by five Newton-Schulz iterations."""
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonal(matrices.mT).mT
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+# -----------------------------------------------------------------------------
 # files
 
 def save_file(path, write):

@@ -275,23 +275,21 @@ def test_windows_are_cut_in_their_place(train):
     assert torch.equal(train.cut(squares, 1), squares)
 
 
-def test_muon_is_that_of_torch(train):
-    train.dtype = torch.bfloat16
+def test_muon_is_that_of_torch():
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(8, 8, 3, 3)) for _ in range(3)] + [nn.Parameter(torch.randn(32, 8, 1, 1))]
     theirs = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in ours]
-    optimizers = train.Muon(ours, 0.1), torch.optim.Muon(theirs, 0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    before = [weight.detach().clone() for weight in theirs]
+    optimizers = model.Muon(ours, 0.1, dtype=torch.bfloat16), torch.optim.Muon(theirs, 0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.flatten(1)
         for optimizer in optimizers:
             optimizer.step()
-    for a, b in zip(ours, theirs):
-        assert torch.allclose(a.flatten(1), b, atol=0.01), (a.flatten(1) - b).abs().max()
-        assert (b - torch.zeros_like(b)).abs().max() > 0.5
-    train.dtype = torch.float32  # exact up to what five iterations reach: singular values from 0.68 to 1.13
-    values = torch.linalg.svdvals(train.orthogonal(torch.randn(2, 16, 64)))
+    for a, b, c in zip(ours, theirs, before):
+        assert (a.flatten(1) - b).abs().max() < 0.01 < 0.05 < (b - c).abs().max()
+    values = torch.linalg.svdvals(model.orthogonal(torch.randn(2, 64, 16)))  # five iterations reach from 0.68 to 1.13
     assert values.min() > 0.6 and values.max() < 1.3
 
 
@@ -431,8 +429,9 @@ def test_recipes(tmp_path):
         assert process.returncode == 0, errors
         settings, last = records(tmp_path / recipe)[0]["settings"], [line for line in records(tmp_path / recipe) if "adversarial" in line][-1]
         assert settings["recipe"] == recipe and settings["adversarial_start"] == 1 and last["discriminator"] > 0
-        assert (settings["mse_weight"] > 0) == (recipe in ("taesd-1.0", "ft-mse")) == (last["mse"] > 0)
-        assert (last["encoder_adversarial"] > 0) == (recipe == "taesd-1.2") and (last["frequency"] > 0) == (recipe == "taesd-1.1")
+        assert (settings["mse_weight"] > 0) == (recipe in ("default", "taesd-1.0", "ft-mse")) == (last["mse"] > 0)
+        assert ("encoder_adversarial" in last) == (recipe == "taesd-1.2") and ("frequency" in last) == (recipe == "taesd-1.1")
+        assert settings["muon"] == (recipe in ("default", "ft-ema", "ft-mse"))
 
 
 def test_each_half_alone(tmp_path, tiny_run):

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from configure import configure, peak_memory_mb, pick_device, pick_dtype, require_positive, stop
 from data import Images, batches
-from model import Decoder, Discriminator, Encoder, load_checkpoint, parameters, save_diffusers, save_file, save_taesd
+from model import Decoder, Discriminator, Encoder, Muon, load_checkpoint, parameters, save_diffusers, save_file, save_taesd
 from sample import chunked, measure, picture
 from teacher import NAMES, Teacher
 
@@ -169,51 +169,12 @@ averages = [*ema_encoder.parameters()] * train_encoder + [*ema_decoder.parameter
 
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: all directions in a layer's weights learn equally fast (Jordan et al. 2024).
-
-    A convolution [out,in,k,k] is a matrix [out,in*k*k]. The steps are those of torch.optim.Muon with weight_decay=0 and
-    adjust_lr_fn="match_rms_adamw", which takes matrices only, one by one; here all of one shape are multiplied together.
-    """
-    def __init__(self, weights, lr, momentum=0.95):
-        super().__init__(weights, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        group = self.param_groups[0]
-        by_shape = {}
-        for weight in group["params"]:
-            if weight.grad is not None:
-                by_shape.setdefault(weight.shape, []).append(weight)
-        for weights in by_shape.values():
-            gradients = [weight.grad for weight in weights]
-            for weight in weights:
-                self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-            momentum = [self.state[weight]["momentum"] for weight in weights]
-            torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
-            steps = torch.stack(torch._foreach_lerp(gradients, momentum, group["momentum"])).flatten(2)  # Nesterov's
-            size = 0.2 * max(steps.shape[1:]) ** 0.5  # makes their root mean square that of Adam's steps
-            steps = orthogonal(steps).unflatten(2, weights[0].shape[1:])
-            torch._foreach_add_(weights, list(steps.unbind()), alpha=-group["lr"] * size)
-
-
-def orthogonal(matrices):
-    """[B,m,n]: the same matrices with all singular values near 1, by five Newton-Schulz iterations."""
-    x = matrices.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    x = x.mT if matrices.shape[1] > matrices.shape[2] else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
-
-
 def optimizers_of(name, parameters, hidden, lr, betas, amsgrad=False):
     """{name: optimizer}: Muon for the weights of hidden layers, Adam for everything else, or for all."""
     hidden = [weight for weight in hidden if weight.ndim == 4] if muon else []
     others = [weight for weight in parameters if not any(weight is matrix for matrix in hidden)]
     found = {f"{name}_adam": torch.optim.Adam(others, lr, betas, amsgrad=amsgrad, fused=device.type != "mps")}
-    return found | ({f"{name}_muon": Muon(hidden, lr)} if hidden else {})
+    return found | ({f"{name}_muon": Muon(hidden, lr, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)} if hidden else {})
 
 
 hidden = [weight for layer in (*encoder[1:-1], *decoder[2:-1]) for weight in layer.parameters()]
@@ -495,7 +456,9 @@ if compile:  # when first called, each for its one shape; `.forward`, for Module
 signal.signal(signal.SIGINT, stop_after_step)
 signal.signal(signal.SIGTERM, stop_after_step)
 zero = torch.zeros((), device=device)
-term_names = ["encoder", "encoder_adversarial", "adversarial", "discriminator", *pixel_losses]
+on = {"encoder": train_encoder, "encoder_adversarial": encoder_adversarial_weight > 0, "adversarial": adversarial, "discriminator": adversarial}
+on |= {name: weight > 0 or name == "mse" for name, weight in weights.items()}  # the start is plain MSE
+term_names = [name for name in on if on[name]]
 figures, history, waited = {}, [], 0.0
 train_seconds, clock = 0.0, time.time()  # since the last report or evaluation: every evaluation comes right after a report
 loader = batches(images, across * crop, windows, color_augment, seed, workers, start=batches_read, pin=device.type == "cuda")
