@@ -434,6 +434,9 @@ print(f"student   width {width}: encoder {parameters(encoder):,}, decoder {param
 print(f"images    {len(images.train):,} to train on, {len(images.val):,} held out" if images.train else
       "images    synthetic dead leaves, to try things out: a real run wants --data_dir=a folder of images")
 print(f"batch     {batch_size} crops of {crop} pixels, each used {echo:g} times, cut from squares of {across * crop} pixels")
+print(f"recipe    {recipe}: " + ", ".join(f"{weight:g} x {name}" for name, weight in weights.items() if weight)
+      + f", {adversarial_weight:g} x adversarial ({adversarial_form}, scaling {adversarial_scaling}) from step {adversarial_start}" * adversarial
+      + f"; {'Muon' if muon else 'Adam'} at {learning_rate:g}, discriminator {discriminator_lr:g}; all settings are in log.jsonl")
 print(f"machine   {device}, {dtype_name}, compile {'on' if compile else 'off'}, torch {torch.__version__}")
 val_real = images.held_out(eval_images, eval_size).to(device, memory_format=torch.channels_last) / 255
 val_latent = chunked(vae.encode, val_real)
