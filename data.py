@@ -28,6 +28,7 @@ class Images:
     """
     def __init__(self, folder="", val_folder=""):
         self.bad, self.lock = {}, threading.Lock()  # path: why it cannot be read
+        self.bad_held_out = 0
         self.train = find_images(folder) if folder else []
         self.val = find_images(val_folder) if val_folder else []
         if self.train and not self.val:
@@ -55,7 +56,7 @@ class Images:
         if not self.train:
             return dead_leaves(size, rng)
         while True:
-            if len(self.bad) > len(self.train) / 2:
+            if len(self.bad) - self.bad_held_out > len(self.train) / 2:
                 stop(f"more than half of the image files cannot be read, for example {': '.join(next(iter(self.bad.items())))}")
             path = self.train[rng.integers(len(self.train))]
             if path not in self.bad and (crop := self.read(path, size, rng)) is not None:
@@ -77,6 +78,7 @@ class Images:
         for path in self.val:
             if len(found) < n and (square := self.read(path, size, None)) is not None:
                 found.append(square)
+        self.bad_held_out = len(self.bad)
         if not found:
             stop(f"none of {len(self.val)} held-out images can be read, for example {': '.join(next(iter(self.bad.items())))}")
         return to_tensor(found)
@@ -134,7 +136,7 @@ def square_crop(path, size, rng=None):
     """A file's random square as [size,size,3] uint8 (the centre square for rng=None), upright, on a background."""
     with Image.open(path) as image:
         if min(image.size) < size / 2:
-            raise ValueError(f"{image.width}x{image.height} pixels is less than half of {size}, see --window")
+            raise ValueError(f"{image.width}x{image.height} pixels is less than half of {size}")
         if rng is None:
             image.draft("RGB", (2 * size, 2 * size))  # lets JPEG decode at a fraction of its size
         image.load()  # a broken file fails here, before it has drawn any random numbers

@@ -128,7 +128,10 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(weight.shape, []).append(weight)
         for weights in by_shape.values():
             gradients = [weight.grad for weight in weights]
-            momentum = [self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in weights]
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+            momentum = [self.state[weight]["momentum"] for weight in weights]
             torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
             steps = torch.stack(torch._foreach_lerp(gradients, momentum, group["momentum"])).flatten(2)  # Nesterov's
             size = 0.2 * max(steps.shape[1:]) ** 0.5  # makes their root mean square that of Adam's steps

@@ -6,7 +6,7 @@ r"""Train a tiny autoencoder (TAESD) that speaks the latent language of a big VA
                /         |         \
       teacher.encode     |       encoder --> latent'     encoder loss: latent' = latent
               |          |
-            latent ------|---> decoder --> fake          decoder loss: fake cannot be told from x, nor its colours
+            latent ------|---> decoder --> fake          decoder loss: fake is near x, and cannot be told from it
               |          |        |
         discriminator(x or fake | latent)                + replay buffer of old fakes
 
@@ -47,7 +47,7 @@ seed = 0                     # of weights, crops and replay
 data_dir = ""                # folder of images, searched recursively; '' = synthetic dead leaves, to try things out
 val_dir = ""                 # folder of held-out images; '' = 5% of data_dir, chosen by file name
 crop = 96                    # training crop in pixels, a multiple of the teacher's factor; finish a long run at 256
-window = 256                 # crops are cut from squares of up to this side that the teacher encodes whole, as it does in use
+window = 256                 # crops are cut from squares of about this side that the teacher encodes whole, as in use; 0 = each alone
 batch_size = 16              # crops a step
 color_augment = 0.07         # share of crops with randomly mixed colour channels; 0 = off
 echo = 2.0                   # times that a crop and its teacher latent are used, on average
@@ -63,7 +63,7 @@ encoder_loss = "mse"         # of the student's latents: mse or l1
 encoder_adversarial_weight = 0.0  # D also judges pairs of real image and student's latent (TAESD 1.2)
 adversarial_weight = 1.0     # D must not tell the fake from the real image
 adversarial_form = "squares" # squares (least squares) or softplus, both relativistic; or hinge
-adversarial_scaling = "none" # of its gradient: none; unit (on each image, seraena); adaptive (to the pixel losses', CompVis)
+adversarial_scaling = "none" # of its gradient: none; unit (seraena); adaptive (to the pixel losses', CompVis)
 adversarial_start = 200      # steps before D begins; they are plain MSE where there is no mse_weight or l1_weight
 replay_size = 4096           # old fakes kept for D, as bytes on the device: half of the fakes it sees; 0 = only fresh fakes
 lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours
@@ -107,20 +107,26 @@ RECIPES = {
 }
 settings = configure(globals())
 checkpoint = None
-if init_from != "resume":
-    if recipe not in RECIPES:
-        stop(f"--recipe={recipe}: must be one of {', '.join(RECIPES)}")
-    globals().update(RECIPES[recipe])
-    settings = configure(globals())  # the command line wins over the recipe
 if init_from == "resume":
     checkpoint = load_checkpoint(out_dir)
     before = {name: value for name, value in checkpoint["settings"].items() if name in settings and name not in ("out_dir", "init_from", "profile")}
     globals().update(before)         # the run's own settings...
     settings = configure(globals())  # ...but for what this command line says
-elif os.path.exists(os.path.join(out_dir, "ckpt.pt")):
-    stop(f"--out_dir={out_dir}: holds a run already; --init_from=resume goes on with it, another --out_dir starts a new one")
-elif init_from != "scratch":
-    checkpoint = load_checkpoint(init_from)
+    for name in ("crop", "recipe", "muon"):
+        if name in before and settings[name] != before[name]:
+            stop(f"--{name}={settings[name]}: a resumed run keeps its {name}, {before[name]}; to change it, start a new run with --init_from={out_dir} "
+                 f"and its own --out_dir")
+else:
+    if recipe not in RECIPES:
+        stop(f"--recipe={recipe}: must be one of {', '.join(RECIPES)}")
+    if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+        stop(f"--out_dir={out_dir}: holds a run already; --init_from=resume goes on with it, another --out_dir starts a new one")
+    if init_from != "scratch":
+        checkpoint = load_checkpoint(init_from)
+        if "decoder" in checkpoint["ready"] and checkpoint["settings"]["adversarial_weight"]:
+            adversarial_start = 0        # its D is trained
+    globals().update(RECIPES[recipe])
+    settings = configure(globals())  # the command line wins over the recipe
 
 
 def require(name, holds, rule):
@@ -139,6 +145,11 @@ require("cooldown", cooldown <= 1, "must be between 0 and 1")
 require("encoder_loss", encoder_loss in ("mse", "l1"), "must be mse or l1")
 require("adversarial_form", adversarial_form in ("squares", "softplus", "hinge"), "must be squares, softplus or hinge")
 require("adversarial_scaling", adversarial_scaling in ("none", "unit", "adaptive"), "must be none, unit or adaptive")
+pixels = any((mse_weight, l1_weight, lowres_weight, frequency_weight, lpips_weight))
+require("adversarial_weight", adversarial_weight > 0 or pixels or not train_decoder, "the decoder has no loss: all of its weights are 0")
+require("adversarial_scaling", adversarial_scaling != "adaptive" or pixels, "adaptive needs a pixel loss to adapt to: all of their weights are 0")
+require("encoder_adversarial_weight", encoder_adversarial_weight == 0 or train_encoder and train_decoder and adversarial_weight > 0 and latent_noise == 0,
+        "needs train_encoder, train_decoder and adversarial_weight, and latent_noise=0; --encoder_adversarial_weight=0 turns it off")
 require("compile", compile.lower() in ("auto", "true", "false"), "must be auto, true or false")
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
@@ -166,7 +177,6 @@ decoder.requires_grad_(train_decoder)
 student = [*encoder.parameters(), *decoder.parameters()]
 trained = [*encoder.parameters()] * train_encoder + [*decoder.parameters()] * train_decoder
 averages = [*ema_encoder.parameters()] * train_encoder + [*ema_decoder.parameters()] * train_decoder  # of the trained ones
-
 
 
 def optimizers_of(name, parameters, hidden, lr, betas, amsgrad=False):
@@ -287,16 +297,16 @@ def frequency_l1(fake, real):
 
 
 def of_unit_gradient(loss, fake):
-    """A stand-in for the loss whose gradient on each fake image has a standard deviation of 1 / fake.numel() (seraena)."""
+    """A stand-in for the loss whose gradient on the fakes has a standard deviation of 1 / fake.numel() (seraena)."""
     gradient = torch.autograd.grad(scaler.scale(loss), fake)[0]
-    return (fake * gradient / (gradient.std((1, 2, 3), keepdim=True) + 1e-12)).mean()
+    return (fake * gradient / (gradient.std() + 1e-12)).mean()
 
 
 def adaptive_weight(loss, adversarial, layer):
     """Makes the gradients of both losses equally large at the decoder's last layer (VQGAN, CompVis/latent-diffusion)."""
-    gradient = torch.autograd.grad(loss, layer, retain_graph=True)[0]
-    of_adversarial = torch.autograd.grad(adversarial, layer, retain_graph=True)[0]
-    return (gradient.norm() / (of_adversarial.norm() + 1e-4)).clamp(0, 1e4).detach()
+    gradient = torch.autograd.grad(scaler.scale(loss), layer, retain_graph=True)[0]
+    of_adversarial = torch.autograd.grad(scaler.scale(adversarial), layer, retain_graph=True)[0]
+    return (gradient.norm() / (of_adversarial.norm() + scaler.scale(zero + 1e-4))).clamp(0, 1e4).detach()
 
 
 def ramp(step):
@@ -369,7 +379,7 @@ def half_old(replay, fakes, latents):
     replay.push(fakes, latents)
     n = len(fakes) // 2
     old_fakes, old_latents = replay.draw(n)
-    return torch.cat([fakes[n:], old_fakes]), torch.cat([latents[n:], old_latents])
+    return torch.cat([old_fakes, fakes[n:]]), torch.cat([old_latents, latents[n:]])  # the new ones in line with their real images
 
 
 def cut(squares, n):
@@ -379,15 +389,16 @@ def cut(squares, n):
 
 # -----------------------------------------------------------------------------
 # start, or go on
+zero = torch.zeros((), device=device)
 adversarial = train_decoder and adversarial_weight > 0
 weights = {"mse": mse_weight, "l1": l1_weight, "lowres_mse": lowres_weight, "frequency": frequency_weight, "lpips": lpips_weight}
 pixel_losses = {"mse": F.mse_loss, "l1": F.l1_loss, "lowres_mse": lowres_mse, "frequency": frequency_l1}
-if lpips_weight > 0:
+if train_decoder and lpips_weight > 0:
     pixel_losses["lpips"] = lpips_loss()
 pair_shapes = (3, crop, crop), (vae.latent_channels, crop // vae.factor, crop // vae.factor)
-pool = Memory(64 * batch_size, *pair_shapes)  # of crops, in which those of many images mix
 across = max(1, window // crop)  # crops side by side in a window
 windows = max(1, round(batch_size / echo / across**2))  # read at once
+pool = Memory(max(64 * batch_size, 16 * windows * across**2), *pair_shapes)  # of crops, in which those of many images mix
 replay = Memory(replay_size if adversarial else 0, *pair_shapes)
 memories = {"pool": pool, "replay": replay}
 step = images_seen = images_averaged = batches_read = 0
@@ -399,20 +410,17 @@ if checkpoint:
     for name, network in networks.items():
         if init_from != "resume" and name in ("encoder", "decoder"):
             name = f"ema_{name}"  # a new run starts from the averaged weights, the better ones
+        shapes = [{key: value.shape for key, value in state.items()} for state in (checkpoint[name], network.state_dict())]
+        if name == "discriminator" and init_from != "resume" and shapes[0] != shapes[1]:
+            continue  # a fork with another D may start from our students, with a fresh D
         try:
             network.load_state_dict(checkpoint[name])
-        except RuntimeError as error:  # a fork with another D may start from our students, with a fresh D
-            if name != "discriminator" or init_from == "resume":
-                stop(f"--init_from={init_from}: its {name} does not fit: {error}")
+        except RuntimeError as error:
+            stop(f"--init_from={init_from}: its {name} does not fit: {error}")
     if all(half in checkpoint["ready"] for half in ready):
         images_averaged = checkpoint["images_averaged"]
-        if init_from != "resume":
-            adversarial_start = settings["adversarial_start"] = 0
     ready = sorted({*ready, *checkpoint["ready"]})
 if init_from == "resume":
-    if checkpoint["settings"]["crop"] != crop:
-        stop(f"--crop={crop}: a resumed run keeps its crop; to go on at another, start a new run with --init_from={out_dir} "
-             f"and its own --out_dir")
     step, images_seen, batches_read, due = (checkpoint[name] for name in ("step", "images_seen", "batches_read", "due"))
     for name, part in (optimizers | memories).items():
         if checkpoint[name]:  # a scaler that was off has no state
@@ -458,12 +466,11 @@ if compile:  # when first called, each for its one shape; `.forward`, for Module
     torch._functorch.config.donated_buffer = adversarial_scaling != "adaptive"  # which goes through a graph twice
 signal.signal(signal.SIGINT, stop_after_step)
 signal.signal(signal.SIGTERM, stop_after_step)
-zero = torch.zeros((), device=device)
 on = {"encoder": train_encoder, "encoder_adversarial": encoder_adversarial_weight > 0, "adversarial": adversarial, "discriminator": adversarial}
-on |= {name: weight > 0 or name == "mse" for name, weight in weights.items()}  # the start is plain MSE
+on |= {name: train_decoder and (weight > 0 or name == "mse" and adversarial_start > 0 and not l1_weight) for name, weight in weights.items()}
 term_names = [name for name in on if on[name]]
 figures, history, waited = {}, [], 0.0
-train_seconds, clock = 0.0, time.time()  # since the last report or evaluation: every evaluation comes right after a report
+train_seconds, clock = 0.0, time.time()  # spent training; the last report or evaluation
 loader = batches(images, across * crop, windows, color_augment, seed, workers, start=batches_read, pin=device.type == "cuda")
 while True:
     # look, save, stop
@@ -497,13 +504,14 @@ while True:
             encoded = encoder(real).float()
         loss = terms["encoder"] = F.mse_loss(encoded, latent) if encoder_loss == "mse" else F.l1_loss(encoded, latent)
     if train_decoder:
-        judged = adversarial and step >= adversarial_start
+        started = step >= adversarial_start
+        judged = adversarial and started
         encoder_judged = judged and train_encoder and encoder_adversarial_weight > 0
         if latent_noise > 0:
             latent = latent + latent_noise * torch.rand(len(latent), 1, 1, 1, device=device) * torch.randn_like(latent)
         with amp:
             fake = decoder(latent).float()
-        for name, weight in weights.items() if judged or mse_weight or l1_weight else [("mse", 1.0)]:
+        for name, weight in weights.items() if started or mse_weight or l1_weight else [("mse", 1.0)]:
             if weight > 0:
                 terms[name] = pixel_losses[name](fake, real)
                 loss = loss + weight * terms[name]
