@@ -73,7 +73,7 @@ frequency_weight = 0.0       # L1 of the amplitudes of the 2-D Fourier transform
 lpips_weight = 0.0           # perceptual distance, from the lpips package
 latent_noise = 0.0           # the decoder learns from latents with up to this much noise, so that it also decodes unfinished ones
 # optimizer
-learning_rate = 1e-3         # of encoder and decoder
+learning_rate = 1e-3         # of encoder and decoder; where init_from names a run and no flag says otherwise, 1e-4
 muon = True                  # Muon for the weights of hidden layers, Adam for the rest; false = Adam for all
 discriminator_lr = 1e-3      # of the discriminator
 warmup_iters = 0             # steps over which the learning rates rise
@@ -125,6 +125,7 @@ else:
         checkpoint = load_checkpoint(init_from)
         if "decoder" in checkpoint["ready"] and checkpoint["settings"]["adversarial_weight"]:
             adversarial_start = 0        # its D is trained
+        learning_rate = 1e-4             # what is learned already is lost in larger steps
     globals().update(RECIPES[recipe])
     settings = configure(globals())  # the command line wins over the recipe
 
