@@ -57,7 +57,7 @@ def configure(settings, arguments=None):
             if kind in (int, float) and not value >= 0:
                 stop(f"--{name}={text}: must be 0 or more")
             return value
-        parser.add_argument(f"--{name}", type=convert, default=default, metavar="",
+        parser.add_argument(f"--{name}", type=convert, default=default, metavar="", **{"nargs": "?", "const": True} if type(default) is bool else {},
                             help=f"{comments[name]} [{default!r}]".replace("%", "%%"))
     known, unknown = parser.parse_known_args(arguments)
     for argument in unknown:

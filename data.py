@@ -30,7 +30,7 @@ class Images:
         self.bad, self.lock = {}, threading.Lock()  # path: why it cannot be read
         self.bad_held_out = 0
         self.train = find_images(folder) if folder else []
-        self.val = find_images(val_folder) if val_folder else []
+        self.val = [val_folder] if os.path.isfile(val_folder) else find_images(val_folder) if val_folder else []
         if self.train and not self.val:
             crc = {path: name_crc(path, folder) for path in self.train}
             threshold = max(HELD_OUT * 2**32, min(crc.values()))  # at least one

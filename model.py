@@ -3,8 +3,10 @@
 Layer order and state-dict keys are those of taesd.py (github.com/madebyollin/taesd), so weights go both ways.
 Images are [0,1], latents about N(0,1), all NCHW. The student never sees [-1,1] or a scaling factor.
 """
+import importlib.util
 import math
 import os
+import re
 import shutil
 
 import torch
@@ -39,28 +41,36 @@ class Block(nn.Module):
         return F.relu(self.conv(x) + x)
 
 
-def Encoder(latent_channels=4, factor=8, width=64, midblock_gn=False):
+VARIANTS = ("plain", "midblock_gn", "f32")  # TAESD's; FLUX.2's, whose smallest blocks see the whole picture; Sana's, for factor 32
+
+
+def Encoder(latent_channels=4, factor=8, width=64, variant="plain"):
     """[N,3,H,W] images in [0,1] -> [N,latent_channels,H/factor,W/factor] latents. 1,222,532 parameters at the defaults."""
     def down(gn=False):
         return conv(width, width, stride=2, bias=False), Block(width, gn), Block(width, gn), Block(width, gn)
-    middle = stages(factor) - 1
+    if variant == "f32":  # two halvings in the stem
+        stem, halvings = (conv(3, width // 2, stride=2), nn.ReLU(), conv(width // 2, width, stride=2), nn.ReLU()), stages(factor) - 2
+    else:
+        stem, halvings = (conv(3, width),), stages(factor)
     return nn.Sequential(
-        conv(3, width), Block(width),
-        *[layer for _ in range(middle) for layer in down()], *down(midblock_gn),
+        *stem, Block(width),
+        *[layer for _ in range(halvings - 1) for layer in down()], *down(variant == "midblock_gn"),
         conv(width, latent_channels),
     )
 
 
-def Decoder(latent_channels=4, factor=8, width=64, midblock_gn=False):
+def Decoder(latent_channels=4, factor=8, width=64, variant="plain"):
     """[N,latent_channels,h,w] latents -> [N,3,h*factor,w*factor] images, [0,1] but not clipped. 1,222,531 parameters."""
-    def up(gn=False):
-        return Block(width, gn), Block(width, gn), Block(width, gn), nn.Upsample(scale_factor=2), conv(width, width, bias=False)
-    middle = stages(factor) - 1
+    def up(n_in, n_out, gn=False):
+        return Block(n_in, gn), Block(n_in, gn), Block(n_in, gn), nn.Upsample(scale_factor=2), conv(n_in, n_out, bias=False)
+    widths = [width] * (stages(factor) + 1)
+    if variant == "f32":
+        widths[:2] = 4 * width, 2 * width
     to_image = conv(width, 3)
     nn.init.constant_(to_image.bias, 0.5)  # a fresh decoder paints mid-grey, not black
     return nn.Sequential(
-        Clamp(), conv(latent_channels, width), nn.ReLU(),
-        *up(midblock_gn), *[layer for _ in range(middle) for layer in up()],
+        Clamp(), conv(latent_channels, widths[0]), nn.ReLU(),
+        *up(*widths[:2], variant == "midblock_gn"), *[layer for pair in zip(widths[1:], widths[2:]) for layer in up(*pair)],
         Block(width), to_image,
     )
 
@@ -191,10 +201,55 @@ def load_checkpoint(out_dir):
     return checkpoint
 
 
-def save_taesd(path, module):
-    """Write a plain float32 state dict: the taesd.py format (taesd_encoder.pth, taesd_decoder.pth)."""
-    state = {key: value.detach().cpu().float().contiguous() for key, value in module.state_dict().items()}
+def load_student(source):
+    """The student of a run's out_dir, of taesd.py files (the path of one; its partner is taken where it lies beside it), or of
+    an AutoencoderTiny (a diffusers folder or a hub id).
+
+    Returns what `load_checkpoint` does, of others than runs only "shape", "ready" and the halves that there are.
+    """
+    if os.path.isfile(os.path.join(source, "ckpt.pt")):
+        return load_checkpoint(source)
+    halves = {}
+    if source.endswith(".pth"):
+        folder, name = os.path.split(source)
+        for half in ("encoder", "decoder"):
+            path = os.path.join(folder, re.sub("encoder|decoder", half, name))
+            if path == source or os.path.isfile(path):
+                halves[half] = load_taesd(path)
+    else:
+        from teacher import load_autoencoder
+        vae = load_autoencoder(source, torch.float32, "--init_from")
+        try:
+            shape = dict(latent_channels=vae.config.latent_channels, factor=2 ** (len(vae.config.encoder_block_out_channels) - 1),
+                         width=vae.config.encoder_block_out_channels[0], variant="plain")
+            halves = {"encoder": (Encoder(**shape), shape), "decoder": (Decoder(**shape), shape)}
+            halves["encoder"][0].load_state_dict(vae.encoder.layers.state_dict())
+            nn.Sequential(*list(halves["decoder"][0])[1:]).load_state_dict(vae.decoder.layers.state_dict())
+        except Exception as error:
+            stop(f"{source}: not an AutoencoderTiny in TAESD's layout ({' '.join(str(error).split())[:300]})")
+    shapes = [shape for _, shape in halves.values()]
+    if shapes[0] != shapes[-1]:
+        stop(f"{source}: encoder and decoder differ: {shapes[0]} and {shapes[1]}")
+    return {"shape": shapes[0], "ready": list(halves)} | {f"ema_{half}": network.state_dict() for half, (network, _) in halves.items()}
+
+
+def save_taesd(path, module, dtype=torch.float32):
+    """Write a plain state dict: the taesd.py format (taesd_encoder.pth, taesd_decoder.pth)."""
+    state = {key: value.detach().cpu().to(dtype).contiguous() for key, value in module.state_dict().items()}
     save_file(path, lambda aside: torch.save(state, aside))
+
+
+def save_onnx(path, module):
+    """Write an ONNX file of a float32 encoder or decoder, for any batch size, height and width. Needs onnx and onnxscript."""
+    if not all(importlib.util.find_spec(package) for package in ("onnx", "onnxscript")):
+        stop(f"{path}: needs two more packages: pip install onnx onnxscript")
+    decoder = isinstance(module[0], Clamp)
+    names, channels = (("latent", "image"), module[1].in_channels) if decoder else (("image", "latent"), 3)
+    cells = 16 if decoder else 16 * 2 ** sum(getattr(layer, "stride", 0) == (2, 2) for layer in module)
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    program = torch.onnx.export(module.eval(), (torch.zeros(2, channels, cells, cells + cells // 2),), dynamo=True, verbose=False,
+                                input_names=names[:1], output_names=names[1:], dynamic_shapes=(sizes,))
+    save_file(path, lambda aside: program.save(aside, external_data=False))
 
 
 def load_taesd(path):
@@ -206,22 +261,47 @@ def load_taesd(path):
     try:
         decoder = "0.weight" not in state  # index 0 of a decoder is the Clamp, which has no weights
         first, last = state["1.weight" if decoder else "0.weight"], list(state.values())[-1]
+        width = [value for value in state.values() if value.ndim == 4][-1].shape[1]  # of the last convolution
+        f32 = first.shape[0] != width
+        halvings = sum(value.ndim == 4 and key.count(".") == 1 and key.replace("weight", "bias") not in state for key, value in state.items())
         arguments = dict(
-            latent_channels=first.shape[1] if decoder else len(last), width=first.shape[0],
-            factor=2 ** sum(value.ndim == 4 and key.count(".") == 1 and key.replace("weight", "bias") not in state
-                            for key, value in state.items()),
-            midblock_gn=any(".pool." in key for key in state))
+            latent_channels=first.shape[1] if decoder else len(last), width=width, factor=2 ** (halvings + 2 * (f32 and not decoder)),
+            variant="f32" if f32 else "midblock_gn" if any(".pool." in key for key in state) else "plain")
         network = (Decoder if decoder else Encoder)(**arguments)
         network.load_state_dict(state)
     except Exception as error:
-        stop(f"{path}: not an encoder or decoder in taesd.py's layout ({str(error).splitlines()[0]})")
+        stop(f"{path}: not an encoder or decoder in taesd.py's layout ({' '.join(str(error).split())[:300]})")
     return network.float(), arguments
 
 
-def save_diffusers(path, encoder, decoder):
+def model_card(checkpoint):
+    """README.md, with the header of the Hugging Face hub, of a run's weights."""
+    settings, figures = checkpoint["settings"], checkpoint["figures"]
+    losses = {name: settings[name] for name in settings if name.endswith("_weight") and settings[name]}
+    rows = "\n".join(f"| {name.removeprefix('val_')} | {value:.4g} |" for name, value in figures.items())
+    return f"""---
+library_name: diffusers
+tags: [taesd, tiny-autoencoder]
+---
+# Tiny autoencoder for {os.path.basename(settings["teacher"]) or settings["teacher"]}
+
+{checkpoint["shape"]["latent_channels"]} latent channels at factor {checkpoint["shape"]["factor"]}, width {checkpoint["shape"]["width"]}. Load with
+`diffusers.AutoencoderTiny.from_pretrained`; its latents are about N(0,1): those of the teacher after its own scaling.
+
+Trained for {checkpoint["step"]:,} steps ({checkpoint["images_seen"]:,} images) of {settings["crop"]} pixels, batch {settings["batch_size"]}, seed {settings["seed"]},
+recipe `{settings["recipe"]}`: {", ".join(f"{name} {value:g}" for name, value in losses.items())}.
+
+| held-out images, {settings["eval_size"]} pixels | |
+|---|---|
+{rows or "| not measured yet | |"}
+"""
+
+
+def save_diffusers(path, encoder, decoder, dtype=torch.float32, card=""):
     """Write a `diffusers.AutoencoderTiny` folder: encoder key k -> encoder.layers.k, decoder i.k -> decoder.layers.(i-1).k.
 
-    AutoencoderTiny takes and gives [-1,1] images and does that conversion itself; its latents are ours.
+    AutoencoderTiny takes and gives [-1,1] images and does that conversion itself; its latents are ours. It can express the
+    plain variant alone. `card` becomes the folder's README.md.
     """
     from diffusers import AutoencoderTiny
     width, depth = encoder[0].out_channels, sum(isinstance(layer, nn.Upsample) for layer in decoder)
@@ -232,4 +312,11 @@ def save_diffusers(path, encoder, decoder):
             decoder_block_out_channels=(width,) * (depth + 1), num_decoder_blocks=(3,) * depth + (1,))
     vae.encoder.layers.load_state_dict(encoder.state_dict())
     vae.decoder.layers.load_state_dict(nn.Sequential(*list(decoder)[1:]).state_dict())  # all but the Clamp
-    save_file(path, vae.save_pretrained)
+
+    def write(aside):
+        nn.Module.to(vae, dtype)  # the method of diffusers would warn
+        vae.save_pretrained(aside)
+        if card:
+            with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as file:
+                file.write(card)
+    save_file(path, write)

@@ -2,6 +2,8 @@
 
     python sample.py --out_dir=out                     # on the run's held-out images
     python sample.py --out_dir=out --images=photo.jpg  # on a file or a folder of your own
+    python sample.py --out_dir=out --compare=taesdxl_decoder.pth   # beside other weights, on the same latents
+    python sample.py --out_dir=out --export            # weights for other programs
 """
 import os
 import time
@@ -12,8 +14,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from configure import configure, pick_device, require_positive, stop
-from data import Images, find_images
-from model import Decoder, Encoder, load_checkpoint, parameters, save_file
+from data import Images
+from model import (Decoder, Encoder, load_checkpoint, load_student, model_card, parameters, save_diffusers, save_file, save_onnx,
+                   save_taesd)
 from teacher import Teacher
 
 # -----------------------------------------------------------------------------
@@ -22,6 +25,9 @@ out_dir = "out"            # the run to look at
 images = ""                # an image or a folder; '' = the run's held-out images
 count = 8                  # how many images, at most
 size = 256                 # images= are shown and measured as centre squares of this side in pixels
+compare = ""               # weights to set beside the run's: a taesd.py file, an AutoencoderTiny folder or hub id, another out_dir
+export = False             # instead: write the weights as taesd.py, diffusers and ONNX files to out_dir/export
+export_dtype = "float32"   # of the exported weights: float32 or float16
 device = "auto"            # auto, cuda, mps or cpu
 # -----------------------------------------------------------------------------
 
@@ -109,23 +115,56 @@ def milliseconds(decode, latents):
     return sorted(times[1:])[2]
 
 
+def write_exports(checkpoint):
+    """Write the run's averaged weights in every format that can hold them, in export_dtype (ONNX: float32), to out_dir/export."""
+    folder, ready, shape = os.path.join(out_dir, "export"), checkpoint["ready"], checkpoint["shape"]
+    os.makedirs(folder, exist_ok=True)
+    networks = student(checkpoint)
+    written = []
+    for half in ready:
+        written += [f"taesd_{half}.pth", f"taesd_{half}.onnx"]
+        save_taesd(os.path.join(folder, written[-2]), networks[half], getattr(torch, export_dtype))
+        save_onnx(os.path.join(folder, written[-1]), networks[half])
+    if len(ready) == 2 and shape["variant"] == "plain":
+        written.append("diffusers")
+        save_diffusers(os.path.join(folder, "diffusers"), *networks.values(), getattr(torch, export_dtype), model_card(checkpoint))
+    print(f"{folder}: wrote {', '.join(written)}")
+    if shape["variant"] != "plain":
+        print(f"no diffusers folder: AutoencoderTiny cannot express the variant {shape['variant']}")
+
+
+def student(checkpoint):
+    """{"encoder": network, "decoder": network} of what `load_student` gave; halves that it lacks are left out."""
+    networks = {}
+    for half, build in (("encoder", Encoder), ("decoder", Decoder)):
+        if half in checkpoint["ready"]:
+            networks[half] = build(**checkpoint["shape"])
+            networks[half].load_state_dict(checkpoint[f"ema_{half}"])
+    return networks
+
+
 @torch.no_grad()
 def main():
     require_positive(globals(), "count")
+    if export_dtype not in ("float32", "float16"):
+        stop(f"--export_dtype={export_dtype}: must be float32 or float16")
     place = pick_device(device)
     checkpoint = load_checkpoint(out_dir)
+    if export:
+        return write_exports(checkpoint)
     teacher = Teacher(checkpoint["settings"]["teacher"], place)
-    encoder, decoder = Encoder(**checkpoint["shape"]), Decoder(**checkpoint["shape"])
-    encoder.load_state_dict(checkpoint["ema_encoder"])
-    decoder.load_state_dict(checkpoint["ema_decoder"])
-    encoder.to(place), decoder.to(place)
+    students = {"our": student(checkpoint)}
+    if compare:
+        other = load_student(compare)
+        if [other["shape"][name] for name in ("latent_channels", "factor")] != [teacher.latent_channels, teacher.factor]:
+            stop(f"--compare={compare}: has {other['shape']['latent_channels']} channels at factor {other['shape']['factor']}, the run's teacher "
+                 f"{teacher.latent_channels} at {teacher.factor}")
+        students[f"{os.path.basename(os.path.normpath(compare))[:18]}:"] = student(other)
 
     if images:
-        if size < 16 or size % teacher.factor:
-            stop(f"--size={size}: must be 16 or more and a multiple of the teacher's factor, {teacher.factor}")
-        found = Images()
-        found.val = [images] if os.path.isfile(images) else find_images(images)
-        real = found.held_out(count, size)
+        if size < 16 or size % teacher.multiple:
+            stop(f"--size={size}: must be 16 or more and a multiple of {teacher.multiple} for this teacher")
+        real = Images("", images).held_out(count, size)
     else:
         real = checkpoint["held_out"][:count]
     real = real.to(place) / 255
@@ -134,26 +173,31 @@ def main():
     pictures = {"original": real, "teacher round trip": chunked(teacher.decode, latents)}
     table = {"teacher round trip": (None, milliseconds(teacher.decode, latents), teacher.parameters)}
     shown_latents = {"the teacher's latents (channels 1-3)": latent_colors(latents, real.shape[-1])}
-    if "decoder" in checkpoint["ready"]:
-        pictures["our decoder"] = chunked(decoder, latents).clamp(0, 1)
-        table["our decoder"] = (None, milliseconds(decoder, latents), parameters(decoder))
-    if "encoder" in checkpoint["ready"]:
-        ours = chunked(encoder, real)
-        shown_latents["our latents"] = latent_colors(ours, real.shape[-1])
-        if "decoder" in checkpoint["ready"]:
-            pictures["our encoder and decoder"] = chunked(decoder, ours).clamp(0, 1)
-            table["our encoder and decoder"] = (F.mse_loss(ours, latents).item(), milliseconds(decoder, ours),
-                                                parameters(encoder) + parameters(decoder))
+    for name, networks in students.items():
+        for network in networks.values():
+            network.to(place)
+        encoder, decoder = networks.get("encoder"), networks.get("decoder")
+        if decoder:
+            pictures[f"{name} decoder"] = chunked(decoder, latents).clamp(0, 1)
+            table[f"{name} decoder"] = (None, milliseconds(decoder, latents), parameters(decoder))
+        if encoder:
+            theirs = chunked(encoder, real)
+            shown_latents[f"{name} latents"] = latent_colors(theirs, real.shape[-1])
+        if encoder and decoder:
+            pictures[f"{name} encoder and decoder"] = chunked(decoder, theirs).clamp(0, 1)
+            table[f"{name} encoder and decoder"] = (F.mse_loss(theirs, latents).item(), milliseconds(decoder, theirs),
+                                                    parameters(encoder) + parameters(decoder))
 
     path = os.path.join(out_dir, "samples", "sample.png")
     picture(pictures | shown_latents, path)
     print(f"{out_dir}: step {checkpoint['step']}, teacher {checkpoint['settings']['teacher']}, {len(real)} images "
           f"({images or 'held out'}) of {real.shape[-1]}x{real.shape[-1]}, {place} float32\n")
-    print(f"{'':24} {'PSNR dB':>8} {'SSIM':>7} {'lowres MSE':>11} {'sharpness':>10} {'latent MSE':>11} {'decode ms':>10} {'parameters':>12}")
+    wide = max(24, *map(len, table))
+    print(f"{'':{wide}} {'PSNR dB':>8} {'SSIM':>7} {'lowres MSE':>11} {'sharpness':>10} {'latent MSE':>11} {'decode ms':>10} {'parameters':>12}")
     for row, (latent_mse, decode_ms, n_parameters) in table.items():
         figures = measure(pictures[row], real)
         latent_mse = "" if latent_mse is None else f"{latent_mse:.4f}"
-        print(f"{row:24} {figures['psnr']:8.2f} {figures['ssim']:7.4f} {figures['lowres_mse']:11.6f} {figures['sharpness']:10.3f} "
+        print(f"{row:{wide}} {figures['psnr']:8.2f} {figures['ssim']:7.4f} {figures['lowres_mse']:11.6f} {figures['sharpness']:10.3f} "
               f"{latent_mse:>11} {decode_ms:10.1f} {n_parameters:12,}")
     print(f"\nwrote {path}")
 

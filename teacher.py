@@ -3,7 +3,9 @@
 `Teacher` is the only code that knows [-1,1] images, scaling and shift factors, posteriors and diffusers classes:
 everything outside it is [0,1] images and latents about N(0,1).
 
-Run as a script, it trains an AutoencoderKL of any factor (L1 + a small KL term) and measures its scaling factor:
+Run as a script, it shows what a teacher is, and whether its latents are about N(0,1):
+    python teacher.py --teacher=sdxl --images=photos --out_dir=look
+or trains an AutoencoderKL of any factor (L1 + a small KL term) and measures its scaling factor:
     python teacher.py --out_dir=assets/toy_vae                                           # the `toy` teacher, 25 minutes on 2 cores
     python teacher.py --factor=16 --latent_channels=16 --data_dir=photos --out_dir=f16   # then train.py --teacher=f16
 """
@@ -19,6 +21,8 @@ from model import load_taesd, save_file
 
 # -----------------------------------------------------------------------------
 # settings of `python teacher.py`
+teacher = ""               # the VAE to look at, as train.py takes it; '' = train one
+images = ""                # a file or folder to look at it with; '' = synthetic
 out_dir = "vae"            # the trained VAE goes here: a diffusers folder, ready for train.py --teacher=
 data_dir = ""              # folder of images, searched recursively; '' = synthetic
 val_dir = ""               # folder of held-out images; '' = 5% of data_dir
@@ -43,51 +47,92 @@ NAMES = {
 }
 
 
+SUPPORTED = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderDC", "AutoencoderKLQwenImage", "AutoencoderKLWan", "AutoencoderTiny")
+
+
 class Teacher:
     """A frozen VAE behind one convention: [0,1] images, NCHW; latents of about zero mean and unit variance.
 
-    name: `toy`, `sd`, `sd-mse`, `sdxl`; a diffusers folder; a hub id, `owner/repo` or `owner/repo::subfolder`; or the
-    encoder of a taesd.py pair, `path/taef2_encoder.pth`, its `_decoder.pth` beside it.
-    Has `latent_channels`, `factor` (pixels per latent along a side), `scaling_factor` and `shift_factor`, all from the
-    VAE's own files. Computes in `dtype`; takes and gives float32. Stops with one line if the VAE cannot be had.
+    name: `toy`, `sd`, `sd-mse`, `sdxl`; a diffusers folder; a hub id, `owner/repo` or `owner/repo::subfolder`; a file in
+    the original layout, `vae.safetensors` or `vae.ckpt` (`::folder` names a folder with its config.json, '' = diffusers
+    looks it up on the hub); or the encoder of a taesd.py pair, `path/taef2_encoder.pth`, its `_decoder.pth` beside it.
+
+    Has `latent_channels`, `factor` (pixels per latent along a side), `multiple` (which sides of images must be) and the
+    `mean` and `std` of raw latents, numbers or [1,C,1,1], all from the VAE's own files; and the `student_variant` that
+    suits it. Computes in `dtype`; takes and
+    gives float32. Stops with one line if the VAE cannot be had.
     """
     def __init__(self, name, device="cpu", dtype=torch.float32):
         name, self.device, self.dtype = str(name), torch.device(device), dtype
+        self.mean, self.std, self.image_range = 0.0, 1.0, (0, 1)
+        self.patch = 1     # FLUX.2 normalises each place of a 2x2 patch of latents by its own statistics
+        self.video = False  # made for [N,3,frames,H,W]
         if name.endswith(".pth"):
             (encoder, shape), (decoder, _) = load_taesd(name), load_taesd(partner(name))
-            vae = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(dtype)
-            self.encoder, self.decoder = encoder, decoder
-            self.latent_channels, self.factor = shape["latent_channels"], shape["factor"]
-            self.scaling_factor, self.shift_factor, self.image_range = 1.0, 0.0, (0, 1)
-            self.class_name = "taesd.py pair"
+            self.vae = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(dtype)
+            self.raw_encode, self.raw_decode, self.class_name, self.student_variant = encoder, decoder, "taesd.py pair", shape["variant"]
         else:
-            vae = load_autoencoder_kl(name, dtype)
-            self.encoder = lambda images: vae.encode(images).latent_dist.mode()
-            self.decoder = lambda latents: vae.decode(latents).sample
-            self.latent_channels, self.factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
-            self.scaling_factor, self.shift_factor = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-            self.image_range, self.class_name, self.dtype = (-1, 1), "AutoencoderKL", vae.dtype
-        self.vae = vae.to(device=self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.parameters = sum(p.numel() for p in vae.parameters())
+            self.vae = vae = load_autoencoder(name, dtype)
+            self.class_name, self.dtype, self.image_range = type(vae).__name__, vae.dtype, (-1, 1)
+            self.raw_encode, self.raw_decode = self.encode_by_diffusers, lambda latents: vae.decode(latents).sample
+            self.student_variant = {"AutoencoderKLFlux2": "midblock_gn", "AutoencoderDC": "f32"}.get(self.class_name, "plain")
+            self.video = self.class_name in ("AutoencoderKLQwenImage", "AutoencoderKLWan")
+            self.read_normalisation(vae)
+        self.vae.to(self.device).eval().requires_grad_(False)
+        if not self.video:  # channels_last is for 4-D weights only
+            self.vae.to(memory_format=torch.channels_last)
+        self.parameters = sum(p.numel() for p in self.vae.parameters())
+        side = 64 * self.patch
+        latent = self.encode(torch.zeros(1, 3, side, side))
+        self.latent_channels, self.factor = latent.shape[1], side // latent.shape[2]
+        self.multiple = self.factor * self.patch
+        if self.student_variant == "f32" and self.factor != 32:
+            self.student_variant = "plain"
+
+    def read_normalisation(self, vae):
+        """Sets mean and std from the VAE's config, or, for FLUX.2, from its batch-norm statistics."""
+        def per_channel(values):
+            return torch.as_tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
+        config = vae.config
+        if self.class_name == "AutoencoderKLFlux2":
+            self.patch = config.patch_size[0]
+            self.mean, self.std = per_channel(vae.bn.running_mean), per_channel((vae.bn.running_var.float() + config.batch_norm_eps).sqrt())
+        elif config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            self.mean, self.std = per_channel(config.latents_mean), per_channel(config.latents_std) / (config.get("scaling_factor") or 1.0)
+        else:
+            self.mean, self.std = config.get("shift_factor") or 0.0, 1 / (config.get("scaling_factor") or 1.0)
+
+    def __str__(self):
+        if torch.is_tensor(self.mean):
+            scale = "mean and standard deviation by channel" + ", in patches of 2x2" * (self.patch > 1)
+        else:
+            scale = f"scaling factor {1 / self.std:g}, shift {self.mean:g}"
+        return f"{self.class_name}, {self.parameters:,} parameters, factor {self.factor}, {self.latent_channels} channels, {scale}"
+
+    def encode_by_diffusers(self, images):
+        found = self.vae.encode(images)
+        return found.latent_dist.mode() if hasattr(found, "latent_dist") else found[0]  # .latent or .latents
 
     def drop_decoder(self):
         """Free the decoder's memory, once no more round trips are due. `encode` still works."""
-        self.decoder = None
-        self.vae.register_module("decoder", None)
+        self.raw_decode = None
+        self.vae.decoder = torch.nn.Identity()
 
     @torch.no_grad()
     def encode(self, images):
-        """[N,3,H,W] images in [0,1], H and W multiples of `factor` -> [N,latent_channels,H/factor,W/factor] ~ N(0,1)."""
+        """[N,3,H,W] images in [0,1], H and W multiples of `multiple` -> [N,latent_channels,H/factor,W/factor] ~ N(0,1)."""
         low, high = self.image_range
         images = (images * (high - low) + low).to(self.device, self.dtype, memory_format=torch.channels_last)
-        return (self.encoder(images).float() - self.shift_factor) * self.scaling_factor
+        latents = (self.raw_encode(images.unsqueeze(2)).squeeze(2) if self.video else self.raw_encode(images)).float()
+        return F.pixel_shuffle((F.pixel_unshuffle(latents, self.patch) - self.mean) / self.std, self.patch)
 
     @torch.no_grad()
     def decode(self, latents):
         """[N,latent_channels,h,w] latents ~ N(0,1) -> [N,3,h*factor,w*factor] images in [0,1]."""
         low, high = self.image_range
-        latents = latents.to(self.device).float() / self.scaling_factor + self.shift_factor
-        images = self.decoder(latents.to(self.dtype, memory_format=torch.channels_last)).float()
+        latents = F.pixel_unshuffle(latents.to(self.device).float(), self.patch) * self.std + self.mean
+        latents = F.pixel_shuffle(latents, self.patch).to(self.dtype, memory_format=torch.channels_last)
+        images = (self.raw_decode(latents.unsqueeze(2)).squeeze(2) if self.video else self.raw_decode(latents)).float()
         return ((images - low) / (high - low)).clamp(0, 1)
 
 
@@ -99,33 +144,38 @@ def partner(encoder_path):
     return os.path.join(folder, name.replace("encoder", "decoder"))
 
 
-def load_autoencoder_kl(name, dtype):
-    """Load a diffusers AutoencoderKL from a short name, a folder or the hub."""
-    from diffusers import AutoencoderKL
+def load_autoencoder(name, dtype, flag="--teacher"):
+    """Load one of the supported diffusers autoencoders from a short name, a folder, the hub, or a single file; flag: to be named
+    in errors."""
+    import diffusers
     where, _, subfolder = NAMES.get(name, name).partition("::")
-    if os.path.isdir(where):
+    single = where.endswith((".safetensors", ".ckpt", ".sft"))
+    if single:
+        if not os.path.isfile(where):
+            stop(f"{flag}={name}: no such file")
+    elif os.path.isdir(where):
         if not subfolder and os.path.isfile(os.path.join(where, "vae", "config.json")):
             subfolder = "vae"  # a whole pipeline
         if not os.path.isfile(os.path.join(where, subfolder, "config.json")):
-            stop(f"--teacher={name}: the folder holds no config.json, so it is not a diffusers VAE")
+            stop(f"{flag}={name}: the folder holds no config.json, so it is not a diffusers VAE")
     elif where.count("/") != 1 or where[0] in "./~":
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)[0]
-        stop(f"--teacher={name}: no such folder and no known name (did you mean {near}?); "
-             f"it takes {', '.join(NAMES)}, a diffusers folder, a hub id owner/repo, or a taesd.py pair's encoder.pth")
+        stop(f"{flag}={name}: no such folder and no known name (did you mean {near}?); it takes {', '.join(NAMES)}, a diffusers folder, "
+             f"a hub id owner/repo, a .safetensors or .ckpt file, or a taesd.py pair's encoder.pth")
     else:
-        check_hub(name, where, f"{subfolder}/config.json".lstrip("/"))
+        check_hub(f"{flag}={name}", where, f"{subfolder}/config.json".lstrip("/"))
     try:
-        config = AutoencoderKL.load_config(where, subfolder=subfolder or None)
-        if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-            stop(f"--teacher={name}: normalises its latents by channel (latents_mean, latents_std), which is not supported yet")
+        if single:
+            return diffusers.AutoencoderKL.from_single_file(where, config=subfolder or None, torch_dtype=dtype)
+        config = diffusers.AutoencoderKL.load_config(where, subfolder=subfolder or None)
+        kind = config.get("_class_name")
         if dtype == torch.float16 and config.get("force_upcast", True):
             dtype = torch.float32  # the VAE says that it overflows in float16
-        kind = config.get("_class_name")
-        if kind == "AutoencoderKL":
-            return AutoencoderKL.from_pretrained(where, subfolder=subfolder or None, torch_dtype=dtype, low_cpu_mem_usage=False)
+        if kind in SUPPORTED:
+            return getattr(diffusers, kind).from_pretrained(where, subfolder=subfolder or None, torch_dtype=dtype, low_cpu_mem_usage=False)
     except Exception as error:  # missing, cut off or mismatched weights: each library layer raises its own type
-        stop(f"--teacher={name}: could not be loaded: {str(error)[:300]}")
-    stop(f"--teacher={name}: its class is {kind}; supported are AutoencoderKL and taesd.py pairs")
+        stop(f"{flag}={name}: could not be loaded: {str(error)[:300]}")
+    stop(f"{flag}={name}: its class is {kind}; supported are {', '.join(SUPPORTED)} and taesd.py pairs")
 
 
 def check_hub(name, repo, filename):
@@ -139,12 +189,12 @@ def check_hub(name, repo, filename):
     try:
         hub.get_session().head(hub.constants.ENDPOINT, timeout=10)  # hf_hub_download alone would retry for half a minute
     except Exception as error:
-        stop(f"--teacher={name}: not in the local cache, and {hub.constants.ENDPOINT} could not be reached "
+        stop(f"{name}: not in the local cache, and {hub.constants.ENDPOINT} could not be reached "
              f"({type(error).__name__}); --teacher= also takes a local diffusers folder, and --teacher=toy needs no network")
     try:
         hub.hf_hub_download(repo, filename)
     except Exception as error:  # no such repository, gated, or its VAE in a subfolder
-        stop(f"--teacher={name}: {type(error).__name__} for {filename}: {error} (a VAE in a subfolder: {repo}::vae; a private or "
+        stop(f"{name}: {type(error).__name__} for {filename}: {error} (a VAE in a subfolder: {repo}::vae; a private or "
              f"gated repository: hf auth login)")
 
 
@@ -226,11 +276,29 @@ def train():
     latents = teacher.encode(held_out)
     round_trip = teacher.decode(latents)
     picture({"original": held_out, "round trip": round_trip}, os.path.normpath(out_dir) + ".png")
-    print(f"---\nout_dir: {out_dir}\nscaling_factor: {teacher.scaling_factor}\nparameters: {teacher.parameters}\n"
+    print(f"---\nout_dir: {out_dir}\nscaling_factor: {vae.config.scaling_factor}\nparameters: {teacher.parameters}\n"
           f"latent_mean: {latents.mean((0, 2, 3)).tolist()}\nlatent_std: {latents.std((0, 2, 3)).tolist()}\n"
           f"val_psnr: {psnr(round_trip, held_out).mean():.2f}")
 
 
+@torch.no_grad()
+def look():
+    """Print what was found and the latents' statistics (about 0 and 1 if the scale is right); write a round-trip picture."""
+    from data import Images
+    from sample import chunked, measure, picture
+    place = pick_device(device)
+    vae = Teacher(teacher, place, pick_dtype("auto", place))
+    real = Images("", images).held_out(8, 256).to(place) / 255
+    latents = chunked(vae.encode, real)
+    round_trip = chunked(vae.decode, latents)
+    path = os.path.join(out_dir, "round_trip.png")
+    picture({"original": real, f"{teacher}: round trip": round_trip}, path)
+    print(f"{teacher}: {vae}, {vae.dtype}\n{len(real)} images of 256x256 pixels; latents by channel, about 0 and 1 if the scale is right:")
+    for name, values in (("mean", latents.mean((0, 2, 3))), ("std", latents.std((0, 2, 3)))):
+        print(f"{name:5}" + " ".join(f"{value:6.2f}" for value in values.tolist()))
+    print("round trip: " + ", ".join(f"{name} {value:.4g}" for name, value in measure(round_trip, real).items()) + f"\nwrote {path}")
+
+
 if __name__ == "__main__":
     configure(globals())
-    train()
+    look() if teacher else train()

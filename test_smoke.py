@@ -3,8 +3,10 @@
 Tests on real images and released weights look for them in $TAESD_TEST_DATA and skip where they are missing.
 """
 import ast
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -76,11 +78,11 @@ def tiny_run(tmp_path_factory):
 def test_networks():
     assert model.parameters(model.Encoder(latent_channels=4)) == 1_222_532
     assert model.parameters(model.Decoder(latent_channels=4)) == 1_222_531
-    for factor in (4, 8, 16, 32):
+    for variant, factor in (("plain", 4), ("plain", 8), ("midblock_gn", 8), ("plain", 16), ("plain", 32), ("f32", 32)):
         image = torch.rand(2, 3, 64, 64)
-        latent = model.Encoder(5, factor, 8)(image)
+        latent = model.Encoder(5, factor, 8, variant)(image)
         assert latent.shape == (2, 5, 64 // factor, 64 // factor)
-        assert model.Decoder(5, factor, 8)(latent).shape == image.shape
+        assert model.Decoder(5, factor, 8, variant)(latent).shape == image.shape
         assert model.Discriminator(5)(image, latent).shape == (2, 5, *latent.shape[2:])
 
 
@@ -118,6 +120,10 @@ def test_exports_give_the_same_pixels(tiny_run):
     plain = plain_taesd(8, 4)
     for network, half in zip(plain, ("encoder", "decoder")):
         network.load_state_dict(torch.load(tiny_run.out / f"taesd_{half}.pth", weights_only=True), strict=True)
+    # ComfyUI and A1111 go by these: names under a prefix of theirs, and the channels that the first convolution takes or the last gives
+    files = {half: torch.load(tiny_run.out / f"taesd_{half}.pth", weights_only=True) for half in ("encoder", "decoder")}
+    assert files["decoder"]["1.weight"].shape[1] == 4 and files["encoder"][list(files["encoder"])[-1]].shape == (4,)
+    assert "3.conv.0.bias" in files["decoder"] and "0.weight" not in files["decoder"] and files["encoder"]["0.weight"].shape[1] == 3
     tiny = AutoencoderTiny.from_pretrained(tiny_run.out / "diffusers")
     for image in real_images(5):
         latent = encoder(image)
@@ -127,11 +133,27 @@ def test_exports_give_the_same_pixels(tiny_run):
         assert ((tiny.decode(latent).sample + 1) / 2 - picture).abs().max() < 1e-5
 
 
+@torch.no_grad()
+def test_stable_diffusion_pipeline_decodes_with_it(tiny_run):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=8, block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=8, norm_num_groups=4,
+                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    pipe = StableDiffusionPipeline(vae=AutoencoderTiny.from_pretrained(tiny_run.out / "diffusers"), unet=unet, scheduler=DDIMScheduler(),
+                                   text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    words, start_latent = torch.randn(1, 4, 8), torch.randn(1, 4, 8, 8)
+    latent, image = (pipe(prompt_embeds=words, latents=start_latent, num_inference_steps=2, guidance_scale=1, output_type=kind).images
+                     for kind in ("latent", "pt"))
+    decoder = model.load_taesd(tiny_run.out / "taesd_decoder.pth")[0]
+    assert (image - decoder(latent).clamp(0, 1)).abs().max() < 1e-4 and image.std() > 0.01
+
+
 @needs_data
 @torch.no_grad()
 def test_released_flux2_weights():
     (encoder, shape), (decoder, _) = (model.load_taesd(DATA / "weights" / f"taef2_{half}.pth") for half in ("encoder", "decoder"))
-    assert shape == {"latent_channels": 32, "width": 64, "factor": 8, "midblock_gn": True}
+    assert shape == {"latent_channels": 32, "width": 64, "factor": 8, "variant": "midblock_gn"}
     figures = [sample.psnr(decoder(encoder(image)).clamp(0, 1), image).item() for image in real_images(100)]
     assert np.mean(figures) == pytest.approx(31.4, abs=0.05)
     teacher = Teacher(str(DATA / "weights" / "taef2_encoder.pth"))
@@ -149,6 +171,45 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["weights"] and (tmp_path / "weights").read_text() == "whole"
 
 
+@needs_data
+def test_released_sana_encoder():
+    encoder, shape = model.load_taesd(DATA / "weights" / "taesana_encoder.pth")
+    assert shape == {"latent_channels": 32, "width": 64, "factor": 32, "variant": "f32"} and encoder[0].weight.dtype == torch.float32
+    checkpoint = model.load_student(str(DATA / "weights" / "taesana_encoder.pth"))
+    assert checkpoint["ready"] == ["encoder"] and torch.equal(checkpoint["ema_encoder"]["0.weight"], encoder[0].weight)
+
+
+@pytest.mark.parametrize("variant,factor,width", [("plain", 8, 8), ("plain", 16, 4), ("midblock_gn", 8, 8), ("f32", 32, 8)])
+def test_files_of_every_variant_come_back(variant, factor, width, tmp_path):
+    shape = dict(latent_channels=6, factor=factor, width=width, variant=variant)
+    encoder, decoder = model.Encoder(**shape), model.Decoder(**shape)
+    for half, network in (("encoder", encoder), ("decoder", decoder)):
+        model.save_taesd(str(tmp_path / f"my_{half}.pth"), network, torch.float16)
+    sources = [tmp_path / "my_decoder.pth"]
+    if variant == "plain":
+        model.save_diffusers(str(tmp_path / "tiny"), encoder, decoder, torch.float16)
+        sources.append(tmp_path / "tiny")
+    for source in sources:
+        again = model.load_student(str(source))
+        assert again["shape"] == shape and sorted(again["ready"]) == ["decoder", "encoder"]
+        for half, network in (("encoder", encoder), ("decoder", decoder)):
+            for key, value in network.state_dict().items():
+                assert torch.equal(again[f"ema_{half}"][key], value.half().float()), key
+
+
+@torch.no_grad()
+def test_onnx(tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    decoder = model.Decoder(4, 8, 8)
+    model.save_onnx(str(tmp_path / "decoder.onnx"), decoder)
+    session = runtime.InferenceSession(tmp_path / "decoder.onnx")
+    for shape in ((1, 4, 5, 9), (3, 4, 8, 4)):
+        latent = torch.randn(shape)
+        image, = session.run(None, {"latent": latent.numpy()})
+        assert np.abs(image - decoder(latent).numpy()).max() < 1e-4 and image.shape == (shape[0], 3, 8 * shape[2], 8 * shape[3])
+
+
 # the teacher
 
 @torch.no_grad()
@@ -158,10 +219,117 @@ def test_teacher_speaks_the_vae_s_language(tmp_path):
                         block_out_channels=(8, 8, 8), norm_num_groups=4, scaling_factor=0.5, shift_factor=0.25).eval()
     vae.save_pretrained(tmp_path / "vae")
     teacher, image = Teacher(tmp_path), torch.rand(2, 3, 16, 24)  # the folder of a whole pipeline works, too
-    assert (teacher.latent_channels, teacher.factor, teacher.scaling_factor) == (3, 4, 0.5)
+    assert (teacher.latent_channels, teacher.factor, 1 / teacher.std) == (3, 4, 0.5)
     latent = (vae.encode(2 * image - 1).latent_dist.mean - 0.25) * 0.5
     assert torch.allclose(teacher.encode(image), latent, atol=1e-6) and latent.shape == (2, 3, 4, 6)
     assert torch.allclose(teacher.decode(latent), (vae.decode(latent / 0.5 + 0.25).sample / 2 + 0.5).clamp(0, 1), atol=1e-6)
+
+
+def families():
+    """(VAE, channels, factor, latents by hand, images by hand): as the pipelines of diffusers compute them."""
+    import diffusers
+
+    def scaled(vae, image):
+        shift, scale = vae.config.get("shift_factor") or 0, vae.config.scaling_factor
+        found = vae.encode(image)
+        latent = ((found.latent if isinstance(vae, diffusers.AutoencoderDC) else found.latent_dist.mode()) - shift) * scale
+        return latent, vae.decode(latent / scale + shift).sample
+
+    def sdxl_by_channel(vae, image):  # StableDiffusionXLPipeline, of a VAE with latents_mean and latents_std
+        mean, std = (torch.tensor(vae.config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+        latent = (vae.encode(image).latent_dist.mode() - mean) * vae.config.scaling_factor / std
+        return latent, vae.decode(latent * std / vae.config.scaling_factor + mean).sample
+
+    def flux2(vae, image):  # Flux2Pipeline: _patchify_latents, batch norm, _unpatchify_latents
+        latent = vae.encode(image).latent_dist.mode()
+        n, c, h, w = latent.shape
+        mean, std = vae.bn.running_mean.view(1, -1, 1, 1), torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+        patches = (latent.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, c * 4, h // 2, w // 2) - mean) / std
+
+        def unpatchify(patches):
+            return patches.reshape(n, c, 2, 2, h // 2, w // 2).permute(0, 1, 4, 2, 5, 3).reshape(n, c, h, w)
+        return unpatchify(patches), vae.decode(unpatchify(patches * std + mean)).sample
+
+    def video(vae, image):  # QwenImageImg2ImgPipeline, WanImageToVideoPipeline
+        mean, std = (torch.tensor(vae.config[name]).view(1, vae.config.z_dim, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+        latent = (vae.encode(image.unsqueeze(2)).latent_dist.mode() - mean) * (1.0 / std)
+        return latent[:, :, 0], vae.decode(latent / (1.0 / std) + mean).sample[:, :, 0]
+
+    def tiny(vae, image):
+        latent = vae.encode(image).latents
+        return latent, vae.decode(latent).sample
+
+    def kl(depth, **config):
+        return diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * depth, up_block_types=("UpDecoderBlock2D",) * depth,
+                                       block_out_channels=(8,) * depth, norm_num_groups=4, layers_per_block=1, **config)
+    torch.manual_seed(0)
+    four = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(8,) * 4, norm_num_groups=4)
+    flux2_vae = diffusers.AutoencoderKLFlux2(**four)
+    flux2_vae.bn.running_mean.normal_(), flux2_vae.bn.running_var.uniform_(0.5, 2)
+    blocks, widths = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3, (8, 8, 16, 32, 32, 64)
+    sana = diffusers.AutoencoderDC(
+        latent_channels=32, attention_head_dim=8, encoder_block_types=blocks, decoder_block_types=blocks, encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths, encoder_layers_per_block=(1,) * 6, decoder_layers_per_block=(1,) * 6, downsample_block_type="Conv",
+        encoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)), decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
+        decoder_norm_types="rms_norm", decoder_act_fns="silu", upsample_block_type="interpolate", scaling_factor=0.41407)
+    return {
+        "sd": (kl(4, scaling_factor=0.18215), 4, 8, scaled), "sdxl": (kl(4, scaling_factor=0.13025), 4, 8, scaled),
+        "by_channel": (kl(4, scaling_factor=0.5, latents_mean=[-1.6, 1.1, 0.1, 0.4], latents_std=[8.4, 6.0, 5.3, 5.0]), 4, 8, sdxl_by_channel),
+        "sd3": (kl(4, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False), 16, 8, scaled),
+        "flux1": (kl(4, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False), 16, 8, scaled),
+        "kl-f4": (kl(3, latent_channels=3), 3, 4, scaled), "kl-f16": (kl(5, latent_channels=16), 16, 16, scaled),
+        "kl-f32": (kl(6, latent_channels=64), 64, 32, scaled),
+        "flux2": (flux2_vae, 32, 8, flux2), "sana": (sana, 32, 32, scaled),
+        "qwen": (diffusers.AutoencoderKLQwenImage(base_dim=8), 16, 8, video), "wan": (diffusers.AutoencoderKLWan(base_dim=8), 16, 8, video),
+        "tiny": (AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4), 4, 8, tiny)}
+
+
+@torch.no_grad()
+def test_every_family_of_vaes(tmp_path):
+    processes = {}
+    for name, (vae, channels, factor, by_hand) in families().items():
+        vae.eval().save_pretrained(tmp_path / name)
+        teacher, image = Teacher(tmp_path / name), torch.rand(2, 3, 64, 128)
+        latent, picture = by_hand(vae, image * 2 - 1)
+        assert (teacher.latent_channels, teacher.factor) == (channels, factor), name
+        assert torch.allclose(teacher.encode(image), latent, atol=1e-4), name
+        assert torch.allclose(teacher.decode(latent), (picture / 2 + 0.5).clamp(0, 1), atol=1e-4), name
+        processes[name] = start("train.py", *TINY, f"--teacher={tmp_path / name}", "--max_iters=3", f"--out_dir={tmp_path / name / 'out'}")
+    for name, process in processes.items():
+        _, errors = process.communicate()
+        assert process.returncode == 0, (name, errors)
+        variant = {"flux2": "midblock_gn", "sana": "f32"}.get(name, "plain")
+        assert model.load_taesd(tmp_path / name / "out" / "taesd_decoder.pth")[1]["variant"] == variant
+        assert (tmp_path / name / "out" / "diffusers").is_dir() == (variant == "plain")
+
+
+@torch.no_grad()
+def test_a_single_file_in_the_original_layout(tmp_path):
+    """The layout of CompVis: keys of diffusers renamed back, for a VAE of Stable Diffusion's depth and small width."""
+    import safetensors.torch
+    from diffusers import AutoencoderKL
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(32,) * 4,
+                        layers_per_block=2, scaling_factor=0.18215).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    original = {}
+    for key, value in vae.state_dict().items():
+        for ours, theirs in ORIGINAL:
+            key = re.sub(ours, theirs, key)
+        original[key] = value[..., None, None] if value.ndim == 2 and "mid.attn" in key else value
+    for name, state in (("plain", original), ("model", {f"first_stage_model.{key}": value for key, value in original.items()})):
+        safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / f"{name}.safetensors")
+        image = torch.rand(1, 3, 32, 32)
+        again = Teacher(f"{tmp_path / name}.safetensors::{tmp_path / 'vae'}")
+        assert torch.allclose(again.encode(image), Teacher(tmp_path / "vae").encode(image), atol=1e-4) and 1 / again.std == pytest.approx(0.18215)
+
+
+ORIGINAL = [  # patterns of keys: diffusers -> CompVis
+    (r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2"), (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{3 - int(m[1])}.block.{m[2]}"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample"),
+    (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"), (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"), (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut")]
 
 
 def test_toy_teacher_draws_recognisable_pictures():
@@ -184,7 +352,7 @@ def test_teacher_trainer(tmp_path):
     output = run("teacher.py", "--factor=16", "--latent_channels=6", "--max_iters=3", "--batch_size=2", "--vae_width=8", "--device=cpu",
                  "--crop=32", f"--out_dir={tmp_path / 'f16'}")
     teacher = Teacher(str(tmp_path / "f16"))
-    assert (teacher.factor, teacher.latent_channels) == (16, 6) and f"scaling_factor: {teacher.scaling_factor}" in output
+    assert (teacher.factor, teacher.latent_channels) == (16, 6) and f"scaling_factor: {round(1 / teacher.std, 5)}" in output
 
 
 # the losses: train.py is a script, so its definitions are taken out of it
@@ -447,6 +615,31 @@ def test_each_half_alone(tmp_path, tiny_run):
     assert all(torch.equal(before[key], after[key]) for key in before)  # nor does its average move on
 
 
+def test_compare_and_export(tiny_run, tmp_path):
+    output = run("sample.py", f"--out_dir={tiny_run.out}", f"--compare={tiny_run.out / 'diffusers'}", "--device=cpu")
+    rows = {line[:31].strip(): line[31:].split() for line in output.splitlines() if "decoder" in line}
+    assert rows["our encoder and decoder"][:5] == rows["diffusers: encoder and decoder"][:5]  # the same weights, the same figures
+    with Image.open(tiny_run.out / "samples" / "sample.png") as picture:
+        assert picture.height == 9 * (64 + 20)
+    if importlib.util.find_spec("onnxscript"):
+        out = shutil.copytree(tiny_run.out, tmp_path / "out")
+        run("sample.py", f"--out_dir={out}", "--export", "--export_dtype=float16")
+        assert {path.name for path in (out / "export").iterdir()} == {f"taesd_{half}.{kind}" for half in ("encoder", "decoder") for kind in
+                                                                       ("pth", "onnx")} | {"diffusers"}
+        assert torch.load(out / "export" / "taesd_decoder.pth", weights_only=True)["1.weight"].dtype == torch.float16
+        card = (out / "export" / "diffusers" / "README.md").read_text()
+        assert "240 steps (960 images)" in card and f"| psnr | {records(out)[-1]['val_psnr']:.4g} |" in card
+
+
+def test_weights_of_others_are_a_start(tiny_run, tmp_path):
+    before = [line for line in records(tiny_run.out) if "val_psnr" in line][-1]["val_psnr"]
+    flags = *TINY, f"--data_dir={tiny_run.folder}", "--max_iters=1", "--learning_rate=1e-6"
+    for name, source in (("run", tiny_run.out), ("file", tiny_run.out / "taesd_encoder.pth"), ("diffusers", tiny_run.out / "diffusers")):
+        run("train.py", *flags, f"--init_from={source}", f"--out_dir={tmp_path / name}")
+        first = [line for line in records(tmp_path / name) if "val_psnr" in line][0]
+        assert first["step"] == 0 and first["val_psnr"] == pytest.approx(before, abs=0.05), name
+
+
 class Hostile:
     def __reduce__(self):
         return os.system, ("echo hacked",)
@@ -456,6 +649,7 @@ def test_mistakes_are_one_clear_line(tmp_path, tiny_run):
     (tmp_path / "empty").mkdir()
     (tmp_path / "hostile").mkdir()
     torch.save({"settings": Hostile()}, tmp_path / "hostile" / "ckpt.pt")
+    (tmp_path / "half.pth").write_bytes((tiny_run.out / "taesd_encoder.pth").read_bytes()[:5000])
     (tmp_path / "texts").mkdir()
     for i in range(4):
         (tmp_path / "texts" / f"{i}.jpg").write_text("not an image")
@@ -473,7 +667,10 @@ def test_mistakes_are_one_clear_line(tmp_path, tiny_run):
         ("--teacher=sdlx",): "sdxl", ("--teacher=stranger/vae",): "local diffusers folder",
         (f"--teacher={tmp_path / 'flux'}",): "AutoencoderOobleck", ("--teacher=gone_encoder.pth",): "no such file",
         ("--init_from=resume",): "no such file", (f"--init_from={tmp_path / 'hostile'}",): "ckpt.pt",
-        ("--width=16", f"--init_from={tiny_run.out}"): "width", ("--device=tpu9",): "--device", (f"--out_dir={tiny_run.out}",): "resume"}
+        ("--width=16", f"--init_from={tiny_run.out}"): "width",
+        ("--width=16", f"--init_from={tiny_run.out / 'taesd_encoder.pth'}"): "width", (f"--init_from={tiny_run.folder / '0.jpg'}",): "no such folder",
+        (f"--init_from={tmp_path / 'half.pth'}",): "half.pth", (f"--teacher={tmp_path / 'hostile' / 'ckpt.pt'}",): "ckpt.pt",
+        ("--variant=f32",): "factor 32", ("--device=tpu9",): "--device", (f"--out_dir={tiny_run.out}",): "resume"}
     # an unreachable hub: a closed port of this machine
     processes = {a: start("train.py", *TINY, f"--out_dir={tmp_path / 'out'}", *a, HF_ENDPOINT="http://127.0.0.1:9") for a in mistakes}
     for arguments, words in mistakes.items():

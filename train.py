@@ -33,14 +33,14 @@ import torch.nn.functional as F
 
 from configure import configure, peak_memory_mb, pick_device, pick_dtype, require_positive, stop
 from data import Images, batches
-from model import Decoder, Discriminator, Encoder, Muon, load_checkpoint, parameters, save_diffusers, save_file, save_taesd
+from model import VARIANTS, Decoder, Discriminator, Encoder, Muon, load_checkpoint, load_student, model_card, parameters, save_diffusers, save_file, save_taesd
 from sample import chunked, measure, picture
 from teacher import NAMES, Teacher
 
 # -----------------------------------------------------------------------------
 # run
 out_dir = "out"              # checkpoint, exports, pictures and log.jsonl go here
-init_from = "scratch"        # scratch; resume (go on with out_dir); or another run's out_dir, to start from its weights
+init_from = "scratch"        # scratch; resume (go on with out_dir); or weights: a run's out_dir, a taesd.py file, an AutoencoderTiny
 max_iters = 300_000          # steps; seraena's example trains about this many at 96 pixels
 seed = 0                     # of weights, crops and replay
 # data
@@ -53,7 +53,8 @@ color_augment = 0.07         # share of crops with randomly mixed colour channel
 echo = 2.0                   # times that a crop and its teacher latent are used, on average
 workers = 4                  # threads that read images
 # teacher and student
-teacher = "toy"              # toy, sd, sd-mse, sdxl, a diffusers folder, a hub id, or a taesd.py pair's encoder.pth
+teacher = "toy"              # toy, sd, sd-mse, sdxl, a diffusers folder, a hub id, a .safetensors file, or a taesd.py pair's encoder.pth
+variant = "auto"             # of the student: plain (TAESD), midblock_gn (FLUX.2), f32 (Sana), or auto: as the teacher or init_from wants
 width = 64                   # channels of the student: 64 = the released TAESD; 32 or 16 for phones and CPUs
 train_encoder = True         # false = leave the encoder as init_from has it
 train_decoder = True         # false = leave the decoder as init_from has it
@@ -122,8 +123,8 @@ else:
     if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
         stop(f"--out_dir={out_dir}: holds a run already; --init_from=resume goes on with it, another --out_dir starts a new one")
     if init_from != "scratch":
-        checkpoint = load_checkpoint(init_from)
-        if "decoder" in checkpoint["ready"] and checkpoint["settings"]["adversarial_weight"]:
+        checkpoint = load_student(init_from)
+        if "decoder" in checkpoint["ready"] and checkpoint.get("settings", {}).get("adversarial_weight"):
             adversarial_start = 0        # its D is trained
         learning_rate = 1e-4             # what is learned already is lost in larger steps
     globals().update(RECIPES[recipe])
@@ -161,13 +162,17 @@ for name in ("teacher", "data_dir", "val_dir"):  # so that sample.py and resume 
 images = Images(data_dir, val_dir)
 vae = Teacher(teacher, device, dtype)
 for name in ("crop", "eval_size"):
-    require(name, globals()[name] >= 16 and globals()[name] % vae.factor == 0, f"must be 16 or more and a multiple of the teacher's factor, {vae.factor}")
+    require(name, globals()[name] >= 16 and globals()[name] % vae.multiple == 0, f"must be 16 or more and a multiple of {vae.multiple} for this teacher")
 
 # -----------------------------------------------------------------------------
 # networks and optimizers
 torch.manual_seed(seed)
 torch.backends.cudnn.benchmark = True  # crops have one size
-shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": width}
+if variant == "auto":
+    variant = settings["variant"] = checkpoint["shape"]["variant"] if checkpoint else vae.student_variant
+require("variant", variant in VARIANTS, f"must be auto or one of {', '.join(VARIANTS)}")
+require("variant", variant != "f32" or vae.factor == 32, f"is for factor 32, the teacher's is {vae.factor}")
+shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": width, "variant": variant}
 encoder, decoder, discriminator = Encoder(**shape), Decoder(**shape), Discriminator(vae.latent_channels)
 ema_encoder, ema_decoder = copy.deepcopy(encoder).requires_grad_(False), copy.deepcopy(decoder).requires_grad_(False)
 networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator, "ema_encoder": ema_encoder, "ema_decoder": ema_decoder}
@@ -243,15 +248,15 @@ def save():
     """Everything that resume and sample.py need, then the averaged weights in the formats that others load."""
     state = {
         "settings": settings, "shape": shape, "step": step, "images_seen": images_seen, "images_averaged": images_averaged,
-        "ready": ready, "held_out": (val_real * 255).round().byte(), "batches_read": batches_read, "due": due,
+        "ready": ready, "figures": figures, "held_out": (val_real * 255).round().byte(), "batches_read": batches_read, "due": due,
         "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
     for name, part in (networks | optimizers | memories).items():
         state[name] = part.state_dict()
     save_file(os.path.join(out_dir, "ckpt.pt"), lambda aside: torch.save(state, aside))
     for half in ready:
         save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), networks[f"ema_{half}"])
-    if len(ready) == 2:
-        save_diffusers(os.path.join(out_dir, "diffusers"), ema_encoder, ema_decoder)
+    if len(ready) == 2 and variant == "plain":  # AutoencoderTiny can express no other
+        save_diffusers(os.path.join(out_dir, "diffusers"), ema_encoder, ema_decoder, card=model_card(state))
 
 
 stopping = False
@@ -403,6 +408,7 @@ pool = Memory(max(64 * batch_size, 16 * windows * across**2), *pair_shapes)  # o
 replay = Memory(replay_size if adversarial else 0, *pair_shapes)
 memories = {"pool": pool, "replay": replay}
 step = images_seen = images_averaged = batches_read = 0
+figures = {}  # of the last evaluation
 due = 0.0  # crops that the pool still wants
 ready = [half for half in ("encoder", "decoder") if settings[f"train_{half}"]]  # an untrained half is noise: not exported
 if checkpoint:
@@ -411,6 +417,8 @@ if checkpoint:
     for name, network in networks.items():
         if init_from != "resume" and name in ("encoder", "decoder"):
             name = f"ema_{name}"  # a new run starts from the averaged weights, the better ones
+        if name not in checkpoint:  # weights of others have no D, and may be half a student
+            continue
         shapes = [{key: value.shape for key, value in state.items()} for state in (checkpoint[name], network.state_dict())]
         if name == "discriminator" and init_from != "resume" and shapes[0] != shapes[1]:
             continue  # a fork with another D may start from our students, with a fresh D
@@ -419,10 +427,10 @@ if checkpoint:
         except RuntimeError as error:
             stop(f"--init_from={init_from}: its {name} does not fit: {error}")
     if all(half in checkpoint["ready"] for half in ready):
-        images_averaged = checkpoint["images_averaged"]
+        images_averaged = checkpoint.get("images_averaged", 10 * ema_halflife)  # those of others count as an average at its full length
     ready = sorted({*ready, *checkpoint["ready"]})
 if init_from == "resume":
-    step, images_seen, batches_read, due = (checkpoint[name] for name in ("step", "images_seen", "batches_read", "due"))
+    step, images_seen, batches_read, due, figures = (checkpoint[name] for name in ("step", "images_seen", "batches_read", "due", "figures"))
     for name, part in (optimizers | memories).items():
         if checkpoint[name]:  # a scaler that was off has no state
             part.load_state_dict(checkpoint[name])
@@ -436,9 +444,8 @@ profile_from = max(first_step + 64, adversarial_start) + 10  # the pool is full 
 require("profile", not profile or profile_from + profile <= max_iters, f"begins at step {profile_from}; raise --max_iters")
 
 dtype_name = str(dtype).removeprefix("torch.")
-print(f"teacher   {teacher}: {vae.class_name}, {vae.parameters:,} parameters, factor {vae.factor}, {vae.latent_channels} channels, "
-      f"scaling factor {vae.scaling_factor:g}, shift {vae.shift_factor:g}")
-print(f"student   width {width}: encoder {parameters(encoder):,}, decoder {parameters(decoder):,} parameters"
+print(f"teacher   {teacher}: {vae}")
+print(f"student   width {width}, {variant + ' (diffusers cannot express it: exports are .pth only)' * (variant != 'plain')}: encoder {parameters(encoder):,}, decoder {parameters(decoder):,} parameters"
       + f"; discriminator {parameters(discriminator):,}" * adversarial)
 print(f"images    {len(images.train):,} to train on, {len(images.val):,} held out" if images.train else
       "images    synthetic dead leaves, to try things out: a real run wants --data_dir=a folder of images")
@@ -462,7 +469,7 @@ log({"settings": settings, "versions": versions, "device": str(device), "dtype":
 # -----------------------------------------------------------------------------
 # the loop
 if compile:  # when first called, each for its one shape; `.forward`, for Module.compile does not see through a Sequential
-    for network in (encoder, decoder, discriminator, vae.vae.encoder):
+    for network in (encoder, decoder, discriminator) + (vae.vae.encoder,) * (not vae.video):
         network.forward = torch.compile(network.forward, dynamic=False)
     torch._functorch.config.donated_buffer = adversarial_scaling != "adaptive"  # which goes through a graph twice
 signal.signal(signal.SIGINT, stop_after_step)
@@ -470,19 +477,19 @@ signal.signal(signal.SIGTERM, stop_after_step)
 on = {"encoder": train_encoder, "encoder_adversarial": encoder_adversarial_weight > 0, "adversarial": adversarial, "discriminator": adversarial}
 on |= {name: train_decoder and (weight > 0 or name == "mse" and adversarial_start > 0 and not l1_weight) for name, weight in weights.items()}
 term_names = [name for name in on if on[name]]
-figures, history, waited = {}, [], 0.0
+history, waited = [], 0.0
 train_seconds, clock = 0.0, time.time()  # spent training; the last report or evaluation
 loader = batches(images, across * crop, windows, color_augment, seed, workers, start=batches_read, pin=device.type == "cuda")
 while True:
     # look, save, stop
     if step == max_iters or stopping or step % eval_interval == 0 and (step > first_step or init_from not in ("scratch", "resume")):
-        figures = evaluate() if not stopping else {}
-        check_finite(figures)
-        if figures:
+        if not stopping:
+            figures = evaluate()
+            check_finite(figures)
             log(progress((images_seen - first_image) / max(train_seconds, 1e-9)) | figures)
             print(f"eval {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
         save()
-        if step >= max_iters or not figures:
+        if step >= max_iters or stopping:
             break
         clock = time.time()
 
@@ -584,7 +591,7 @@ while True:
 loader.close()
 rate = (images_seen - first_image) / max(train_seconds, 1e-9)
 print(f"---\nout_dir: {out_dir}")
-for name, value in (progress(rate) | {"peak_memory_mb": peak_memory_mb(device), "seconds": round(time.time() - started)} | figures).items():
+for name, value in (progress(rate) | {"peak_memory_mb": peak_memory_mb(device), "seconds": round(time.time() - started)} | (figures if not stopping else {})).items():
     print(f"{name}: {value}")
 if stopping:
     print(f"stopped and saved at step {step}; go on with --out_dir={out_dir} --init_from=resume")
