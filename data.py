@@ -2,6 +2,7 @@
 
 The only file that opens images. Batches leave here as uint8 RGB, NCHW; batch k is a pure function of (seed, k).
 """
+import math
 import os
 import sys
 import threading
@@ -58,8 +59,8 @@ class Images:
         while True:
             if len(self.bad) - self.bad_held_out > len(self.train) / 2:
                 stop(f"more than half of the image files cannot be read, for example {': '.join(next(iter(self.bad.items())))}")
-            path = self.train[rng.integers(len(self.train))]
-            if path not in self.bad and (crop := self.read(path, size, rng)) is not None:
+            path, own = self.train[rng.integers(len(self.train))], np.random.default_rng(rng.integers(2**63))  # both, though it be broken
+            if path not in self.bad and (crop := self.read(path, size, own)) is not None:
                 return crop
 
     def batch(self, size, n, color_augment, seed):
@@ -133,13 +134,20 @@ def name_crc(path, folder):
 
 
 def square_crop(path, size, rng=None):
-    """A file's random square as [size,size,3] uint8 (the centre square for rng=None), upright, on a background."""
+    """A file's square as [size,size,3] uint8, upright, on a background: random, from `size` pixels to the whole; the centre one for rng=None."""
     with Image.open(path) as image:
-        if min(image.size) < size / 2:
-            raise ValueError(f"{image.width}x{image.height} pixels is less than half of {size}")
-        if rng is None:
-            image.draft("RGB", (2 * size, 2 * size))  # lets JPEG decode at a fraction of its size
-        image.load()  # a broken file fails here, before it has drawn any random numbers
+        width, height = image.size
+        short = min(width, height)
+        if short < size / 2:
+            raise ValueError(f"{width}x{height} pixels is less than half of {size}")
+        side, left, top = short, (width - short) / 2, (height - short) / 2
+        if rng is not None:
+            side = int(rng.integers(min(size, short), short + 1))
+            left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+        image.draft(None, (math.ceil(width * size / side), math.ceil(height * size / side)))  # lets JPEG decode at 1/2, 1/4 or 1/8
+        image.load()
+        across, down = image.width / width, image.height / height
+        box = left * across, top * down, min((left + side) * across, image.width), min((top + side) * down, image.height)
         if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scale, for convert() would clip
             grey = np.asarray(image, dtype=np.float32)
             image = Image.fromarray((grey / (257 if grey.max() > 255 else 1)).astype(np.uint8))
@@ -147,19 +155,7 @@ def square_crop(path, size, rng=None):
             image = image.convert("RGBA")
         elif image.mode not in ("L", "RGB"):
             image = image.convert("RGB")
-        return resized_square(image, size, rng)
-
-
-def resized_square(image, size, rng=None):
-    """A square of a random side (from `size` to the whole) at a random place, resized to [size,size,3] uint8."""
-    width, height = image.size
-    short = min(width, height)
-    side, left, top = short, (width - short) / 2, (height - short) / 2
-    if rng is not None:
-        side = int(rng.integers(min(size, short), short + 1))
-        left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=3)
-    square = ImageOps.exif_transpose(square)
+        square = ImageOps.exif_transpose(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3))
     if square.mode == "RGBA":  # transparent art is trained on many backgrounds and evaluated on white
         color = (255,) * 3 if rng is None else tuple(int(c) for c in rng.integers(256, size=3))
         square = Image.alpha_composite(Image.new("RGBA", square.size, color), square)

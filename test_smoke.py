@@ -340,6 +340,13 @@ def test_toy_teacher_draws_recognisable_pictures():
     assert sum(path.stat().st_size for path in (HERE / "assets" / "toy_vae").iterdir()) < 2**20
 
 
+def test_a_look_at_a_teacher(tmp_path):
+    output = run("teacher.py", "--teacher=toy", "--device=cpu", f"--out_dir={tmp_path}")
+    assert "AutoencoderKL, 358,951 parameters, factor 8, 4 channels, scaling factor 0.75216" in output
+    std = next(line for line in output.splitlines() if line.startswith("std"))
+    assert np.mean([float(value) ** 2 for value in std.split()[1:]]) == pytest.approx(1, abs=0.2) and (tmp_path / "round_trip.png").exists()
+
+
 def test_sdxl_shaped_teacher_trains(tmp_path):
     AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
                   block_out_channels=(128, 256, 512, 512), scaling_factor=0.13025, sample_size=1024).save_pretrained(tmp_path / "sdxl")
