@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import sys
 
 import torch
 import torch.nn as nn
@@ -163,8 +164,9 @@ def orthogonal(matrices):
 # -----------------------------------------------------------------------------
 # files
 
-def save_file(path, write):
-    """Call write(temporary path), then rename: a file is complete or as it was before. A folder is replaced whole."""
+def save_file(path, write, keep=None):
+    """Call write(temporary path), then rename: a file is complete or as it was before. A folder is replaced whole. What was there
+    before is renamed to `keep`, if that is given."""
     path = os.path.normpath(path)
     aside = f"{path}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
@@ -178,6 +180,8 @@ def save_file(path, write):
     for root, _, names in os.walk(aside):  # safetensors writes files that only their owner may read
         for name in names:
             os.chmod(os.path.join(root, name), 0o644)
+    if keep and os.path.exists(path):
+        os.replace(path, keep)
     shutil.rmtree(path, ignore_errors=True)  # only a folder: os.replace cannot do those
     os.replace(aside, path)
 
@@ -192,10 +196,24 @@ def load_file(path):
         stop(f"{path}: not a readable weights file ({type(error).__name__}: {str(error).splitlines()[0]})")
 
 
+def checkpoint_paths(out_dir):
+    """Of the last checkpoint of a run and of the one before."""
+    return os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "ckpt_previous.pt")
+
+
 def load_checkpoint(out_dir):
-    """Read the ckpt.pt of a run, onto the CPU. Stops with one line if it is missing or not one of train.py's."""
-    path = os.path.join(out_dir, "ckpt.pt")
-    checkpoint = load_file(path)
+    """Read the last checkpoint of a run, onto the CPU, or the one before where the last is missing or damaged. Stops with one
+    line if neither can be read or they are not train.py's."""
+    path, previous = checkpoint_paths(out_dir)
+    try:
+        checkpoint = load_file(path)
+    except SystemExit as error:
+        if not os.path.isfile(previous):
+            raise
+        if os.path.exists(path):  # not to be kept as the one before, when the next is saved
+            os.replace(path, f"{path}.damaged")
+        print(f"{error}; going back to {previous}", file=sys.stderr)
+        checkpoint, path = load_file(previous), previous
     if not isinstance(checkpoint, dict) or not {"settings", "shape", "ema_encoder", "ema_decoder"} <= checkpoint.keys():
         stop(f"{path}: not a checkpoint of train.py")
     return checkpoint
@@ -207,7 +225,7 @@ def load_student(source):
 
     Returns what `load_checkpoint` does, of others than runs only "shape", "ready" and the halves that there are.
     """
-    if os.path.isfile(os.path.join(source, "ckpt.pt")):
+    if any(map(os.path.isfile, checkpoint_paths(source))):
         return load_checkpoint(source)
     halves = {}
     if source.endswith(".pth"):

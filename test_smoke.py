@@ -540,7 +540,7 @@ def test_training_learns_and_leaves_everything(tiny_run):
     last = dict(line.split(": ") for line in tiny_run.output.split("---\n")[1].splitlines())
     assert {"images_seen", "images_per_second", "peak_memory_mb", "val_psnr", "val_lowres_mse", "val_latent_mse", "val_sharpness"} <= last.keys()
     assert last["images_seen"] == "960" and float(last["val_psnr"]) == evaluations[-1]["val_psnr"]
-    assert {path.name for path in out.iterdir()} == {"ckpt.pt", "diffusers", "log.jsonl", "samples", "taesd_decoder.pth", "taesd_encoder.pth"}
+    assert {path.name for path in out.iterdir()} == {"ckpt.pt", "ckpt_previous.pt", "diffusers", "log.jsonl", "samples", "taesd_decoder.pth", "taesd_encoder.pth"}
     assert {oct(path.stat().st_mode)[-3:] for path in (out / "diffusers").iterdir()} == {"644"}
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["0000080.png", "0000160.png", "0000240.png", "teacher.png"]
     process = start("train.py", "--init_from=resume", f"--out_dir={out}")
@@ -582,6 +582,20 @@ def test_compiled_once_and_profiled(tmp_path):
     assert errors.count("Recompiling function") <= 3 and "create_symbol" not in errors, errors  # no sizes left open
     trace = json.loads((tmp_path / "out" / "trace.json").read_text())
     assert any("convolution" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_the_checkpoint_before_is_kept(tiny_run, tmp_path):
+    out = shutil.copytree(tiny_run.out, tmp_path / "out")
+    assert torch.load(out / "ckpt_previous.pt", weights_only=True)["step"] == 160
+    (out / "ckpt.pt").write_bytes((out / "ckpt.pt").read_bytes()[:10_000])  # damaged
+    process = start("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=161")
+    assert "going back to" in process.communicate()[1] and process.returncode == 0
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 161
+    os.remove(out / "ckpt.pt")  # killed between two renames
+    run("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=162")
+    os.remove(out / "ckpt.pt")
+    process = start("train.py", *TINY, f"--out_dir={out}", "--max_iters=1")
+    assert "holds a run already" in process.communicate()[1] and process.returncode == 1
 
 
 def test_a_stopped_run_is_saved(tmp_path):

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from configure import configure, peak_memory_mb, pick_device, pick_dtype, require_positive, stop
 from data import Images, batches
-from model import VARIANTS, Decoder, Discriminator, Encoder, Muon, load_checkpoint, load_student, model_card, parameters, save_diffusers, save_file, save_taesd
+from model import VARIANTS, Decoder, Discriminator, Encoder, Muon, checkpoint_paths, load_checkpoint, load_student, model_card, parameters, save_diffusers, save_file, save_taesd
 from sample import chunked, measure, picture
 from teacher import NAMES, Teacher
 
@@ -120,7 +120,7 @@ if init_from == "resume":
 else:
     if recipe not in RECIPES:
         stop(f"--recipe={recipe}: must be one of {', '.join(RECIPES)}")
-    if os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+    if any(map(os.path.exists, checkpoint_paths(out_dir))):
         stop(f"--out_dir={out_dir}: holds a run already; --init_from=resume goes on with it, another --out_dir starts a new one")
     if init_from != "scratch":
         checkpoint = load_student(init_from)
@@ -252,7 +252,8 @@ def save():
         "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
     for name, part in (networks | optimizers | memories).items():
         state[name] = part.state_dict()
-    save_file(os.path.join(out_dir, "ckpt.pt"), lambda aside: torch.save(state, aside))
+    path, previous = checkpoint_paths(out_dir)
+    save_file(path, lambda aside: torch.save(state, aside), keep=previous)
     for half in ready:
         save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), networks[f"ema_{half}"])
     if len(ready) == 2 and variant == "plain":  # AutoencoderTiny can express no other
