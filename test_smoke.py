@@ -405,6 +405,14 @@ def test_ramp(train):
     assert [train.ramp(step) for step in (0, 3, 50, 80, 90, 99)] == pytest.approx([0.25, 1, 1, 1, 0.5, 0.05])
 
 
+def test_out_of_memory_is_one_line(train, capsys):
+    vars(train).update(sys=sys, batch_size=16, crop=96, window=256, replay_size=8, out_dir="out")
+    train.explain(torch.OutOfMemoryError, torch.OutOfMemoryError("tried to allocate"), None)
+    assert capsys.readouterr().err.startswith("error: out of memory on cpu: a smaller --batch_size (16)")
+    train.explain(ValueError, ValueError("something else"), None)
+    assert "ValueError: something else" in capsys.readouterr().err
+
+
 def greys(value, n=4):
     """n pairs of an image of one grey and a latent that holds that value."""
     return torch.full((n, 3, 4, 4), value * 51 / 255), torch.full((n, 2, 1, 1), float(value))

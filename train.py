@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import signal
+import sys
 import time
 
 # before the imports that take seconds; until the loop runs, Ctrl-C leaves at once
@@ -270,6 +271,17 @@ def stop_after_step(signum, frame):
     signal.signal(signum, signal.SIG_DFL)
     os.write(2, b"stopping after this step; once more to leave without saving\n")  # print is not safe in a signal handler
 
+
+def explain(kind, error, trace):
+    """Out of memory in one line; everything else as ever."""
+    if issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
+        print(f"error: out of memory on {device}: a smaller --batch_size ({batch_size}), --crop ({crop}), --window ({window}) or --replay_size ({replay_size}) "
+              f"helps; checkpoints in {out_dir} are untouched", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = explain
 
 # -----------------------------------------------------------------------------
 # the losses, and the memory of fakes
