@@ -1,11 +1,16 @@
 """Training crops: from a folder of images, or, without one, from an endless stream of synthetic "dead leaves".
 
 The only file that opens images. Batches leave here as uint8 RGB, NCHW; batch k is a pure function of (seed, k).
+
+    python data.py --data_dir=photos --out=photos.pack   # decode every image once; then train.py --data_dir=photos.pack
+    python data.py --data_dir=photos                     # how fast are crops made?
 """
+import json
 import math
 import os
 import sys
 import threading
+import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +19,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from configure import stop
+from configure import configure, require_positive, stop
+from model import save_file
+
+# -----------------------------------------------------------------------------
+# settings of `python data.py`
+data_dir = ""              # folder of images, searched recursively, or a pack; '' = synthetic
+out = ""                   # write the images of data_dir here, decoded; '' = measure the speed of crops instead
+longest = 768              # longest side of a packed image in pixels: larger ones are made smaller
+size = 192                 # side of the crops that are timed, in pixels
+workers = 4                # threads that read images for a pack
+# -----------------------------------------------------------------------------
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 HELD_OUT = 0.05  # share of a folder that is never trained on
@@ -30,6 +45,7 @@ class Images:
     def __init__(self, folder="", val_folder=""):
         self.bad, self.lock = {}, threading.Lock()  # path: why it cannot be read
         self.bad_held_out = 0
+        self.packs = [Pack(each) for each in (folder, val_folder) if is_pack(each)]
         self.train = find_images(folder) if folder else []
         self.val = [val_folder] if os.path.isfile(val_folder) else find_images(val_folder) if val_folder else []
         if self.train and not self.val:
@@ -45,6 +61,9 @@ class Images:
     def read(self, path, size, rng):
         """A random crop of the file as [size,size,3] uint8 (rng=None: the centre square), or None if it is unreadable."""
         try:
+            for pack in self.packs:
+                if path in pack.rows:
+                    return square_crop(path, size, rng, pack.open)
             return square_crop(path, size, rng)
         except Exception as error:  # Pillow raises a dozen kinds on broken files
             with self.lock:
@@ -118,7 +137,9 @@ def batches(images, size, n, color_augment, seed, workers, start=0, pin=False):
 # folders and files
 
 def find_images(folder):
-    """Sorted paths of the jpg, jpeg, png and webp files under `folder`, at any depth and in any case."""
+    """Sorted paths of the jpg, jpeg, png and webp files under `folder`, at any depth and in any case; of a pack, what they were."""
+    if is_pack(folder):
+        return sorted(Pack(folder).rows)
     if not os.path.isdir(folder):
         stop(f"{folder}: no such folder of images")
     found = sorted(os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True)
@@ -133,9 +154,9 @@ def name_crc(path, folder):
     return zlib.crc32(os.path.relpath(path, folder).replace(os.sep, "/").encode(errors="surrogateescape"))
 
 
-def square_crop(path, size, rng=None):
+def square_crop(path, size, rng=None, open_image=Image.open):
     """A file's square as [size,size,3] uint8, upright, on a background: random, from `size` pixels to the whole; the centre one for rng=None."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         width, height = image.size
         short = min(width, height)
         if short < size / 2:
@@ -148,18 +169,21 @@ def square_crop(path, size, rng=None):
         image.load()
         across, down = image.width / width, image.height / height
         box = left * across, top * down, min((left + side) * across, image.width), min((top + side) * down, image.height)
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scale, for convert() would clip
-            grey = np.asarray(image, dtype=np.float32)
-            image = Image.fromarray((grey / (257 if grey.max() > 255 else 1)).astype(np.uint8))
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-        elif image.mode not in ("L", "RGB"):
-            image = image.convert("RGB")
-        square = ImageOps.exif_transpose(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3))
+        square = ImageOps.exif_transpose(eight_bits(image).resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3))
     if square.mode == "RGBA":  # transparent art is trained on many backgrounds and evaluated on white
         color = (255,) * 3 if rng is None else tuple(int(c) for c in rng.integers(256, size=3))
         square = Image.alpha_composite(Image.new("RGBA", square.size, color), square)
     return np.asarray(square.convert("RGB"))
+
+
+def eight_bits(image):
+    """An image of any mode as L, RGB or RGBA."""
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scale, for convert() would clip
+        grey = np.asarray(image, dtype=np.float32)
+        return Image.fromarray((grey / (257 if grey.max() > 255 else 1)).astype(np.uint8))
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
 def color_augmented(crop, rng):
@@ -170,6 +194,80 @@ def color_augmented(crop, rng):
     image = crop / np.float32(255)
     mixed = np.clip(image @ (0.5 + rng.standard_normal((3, 3), dtype=np.float32)), 0, 1)
     return np.round(255 * (image + rng.random(3, dtype=np.float32) * (mixed - image))).astype(np.uint8)
+
+
+# -----------------------------------------------------------------------------
+# packs: a folder of three files. pixels.bin: every image, decoded and upright, one after the other; index.npy: a row each of
+# offset, height, width and channels (3, or 4 with transparency); names.json: their names below the folder they came from
+
+def is_pack(folder):
+    return os.path.isfile(os.path.join(folder, "index.npy"))
+
+
+class Pack:
+    """A pack, mapped into memory: images are read from the disk when they are looked at."""
+    def __init__(self, folder):
+        try:
+            with open(os.path.join(folder, "names.json"), encoding="utf-8") as file:
+                self.rows = {os.path.join(folder, name): row for row, name in enumerate(json.load(file))}
+            self.index = np.load(os.path.join(folder, "index.npy"))
+            self.pixels = np.memmap(os.path.join(folder, "pixels.bin"), np.uint8, "r")
+            if len(self.pixels) != self.index[:, 1:].prod(1).sum():
+                raise ValueError(f"{len(self.pixels):,} bytes of pixels, {self.index[:, 1:].prod(1).sum():,} expected")
+        except (OSError, ValueError) as error:
+            stop(f"{folder}: not a whole pack ({error}); make it again by python data.py --data_dir=... --out={folder}")
+
+    def open(self, path):
+        offset, height, width, channels = self.index[self.rows[path]]
+        return Image.fromarray(self.pixels[offset:offset + height * width * channels].reshape(height, width, channels))
+
+
+def write_pack():
+    """Decode the images of data_dir once, upright, their longest side at most `longest` pixels; skip and name unreadable ones."""
+    paths, bad, rows, names, offset, started = find_images(data_dir), [], [], [], 0, time.time()
+
+    def decode(path):
+        try:
+            with Image.open(path) as image:
+                image.draft(None, (longest, longest))
+                image = ImageOps.exif_transpose(eight_bits(image))
+                image.thumbnail((longest, longest), Image.Resampling.BICUBIC, reducing_gap=3)
+                return np.asarray(image if image.mode == "RGBA" else image.convert("RGB"))
+        except Exception as error:  # Pillow raises a dozen kinds on broken files
+            bad.append(path)
+            print(f"skipped {path}: {error}", file=sys.stderr)
+
+    def write(aside):
+        nonlocal offset
+        os.makedirs(aside)
+        with open(os.path.join(aside, "pixels.bin"), "wb") as file, ThreadPoolExecutor(workers) as pool:
+            for start in range(0, len(paths), 256):
+                some = paths[start:start + 256]
+                for path, pixels in zip(some, pool.map(decode, some)):
+                    if pixels is not None:
+                        file.write(pixels.tobytes())
+                        rows.append((offset, *pixels.shape))
+                        names.append(os.path.relpath(path, data_dir).replace(os.sep, "/"))
+                        offset += pixels.size
+                done, seconds = start + len(some), time.time() - started
+                print(f"{done:,}/{len(paths):,} images  {offset / 2**20:,.0f} MB  {done / seconds:.0f} images/s  "
+                      f"{(len(paths) - done) * seconds / done / 60:.1f} min left", flush=True)
+        if len(bad) > len(paths) / 2:
+            stop(f"more than half of the image files cannot be read, for example {bad[0]}")
+        np.save(os.path.join(aside, "index.npy"), np.array(rows, np.int64))
+        with open(os.path.join(aside, "names.json"), "w", encoding="utf-8") as file:
+            json.dump(names, file)
+    save_file(out, write)
+    print(f"{out}: {len(names):,} images, {len(bad):,} skipped; train.py --data_dir={out}")
+
+
+def time_crops():
+    """Print how many random crops a second one thread makes."""
+    images, made, started = Images(data_dir), 0, time.time()
+    while time.time() < started + 5 or made < 8:
+        images.batch(size, 8, 0, [0, made])
+        made += 8
+    print(f"{data_dir or 'synthetic'}: {made / (time.time() - started):.1f} crops of {size} pixels a second, one thread")
 
 
 # -----------------------------------------------------------------------------
@@ -226,3 +324,11 @@ def clouds(size, rng):
         total += np.asarray(octave.resize((size, size), Image.Resampling.BICUBIC))
         cells *= 2
     return total / total.std()
+
+
+if __name__ == "__main__":
+    configure(globals())
+    require_positive(globals(), "longest", "size", "workers")
+    if out and not data_dir:
+        stop("--out needs --data_dir, the folder of images to pack")
+    write_pack() if out else time_crops()

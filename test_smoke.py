@@ -533,6 +533,28 @@ def test_awkward_files(capsys):
     assert not np.array_equal(upright, np.asarray(Image.open(DATA / "awkward" / "orient6.webp").convert("RGB").resize((64, 64))))
 
 
+def test_pack(tiny_run, tmp_path):
+    Image.new("RGBA", (90, 100), (255, 0, 0, 0)).save(tiny_run.folder / "deeper" / "glass.png")
+    try:
+        output = run("data.py", f"--data_dir={tiny_run.folder}", f"--out={tmp_path / 'pack'}", "--longest=64")
+    finally:
+        os.remove(tiny_run.folder / "deeper" / "glass.png")
+    assert "25 images, 1 skipped" in output
+    pack, folder = data.Images(str(tmp_path / "pack")), data.Images(str(tiny_run.folder))
+    names = {os.path.basename(path) for path in pack.train + pack.val}
+    assert names == {os.path.basename(path) for path in folder.train + folder.val} - {"broken.jpg"} | {"glass.png"}
+    assert {os.path.basename(path) for path in folder.val} <= {os.path.basename(path) for path in pack.val}  # the split stays
+    path = str(tmp_path / "pack" / "0.jpg")
+    assert np.abs(pack.read(path, 64, None).astype(int) - folder.read(str(tiny_run.folder / "0.jpg"), 64, None)).mean() < 2  # 80 pixels became 64
+    assert pack.read(str(tmp_path / "pack" / "deeper" / "glass.png"), 32, None).min() == 255  # transparent, on white
+    run("train.py", *TINY, "--window=32", f"--data_dir={tmp_path / 'pack'}", "--max_iters=2", f"--out_dir={tmp_path / 'out'}")
+    assert "crops of 32 pixels a second" in run("data.py", f"--data_dir={tmp_path / 'pack'}", "--size=32")
+    with open(tmp_path / "pack" / "pixels.bin", "ab") as file:
+        file.truncate(1000)
+    process = start("train.py", *TINY, f"--data_dir={tmp_path / 'pack'}", f"--out_dir={tmp_path / 'out2'}")
+    assert "not a whole pack" in process.communicate()[1]
+
+
 # the commands
 
 def test_training_learns_and_leaves_everything(tiny_run):
