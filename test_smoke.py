@@ -590,8 +590,8 @@ def test_resume_continues_as_if_never_stopped(tmp_path):
     flags = *TINY, "--eval_interval=35", "--cooldown=0"  # a share of max_iters, which differs
     run("train.py", *flags, "--max_iters=70", f"--out_dir={whole}")
     run("train.py", *flags, "--max_iters=3", f"--out_dir={parts}")
-    run("train.py", "--init_from=resume", "--max_iters=67", f"--out_dir={parts}")  # the rest comes from the checkpoint
-    run("train.py", "--init_from=resume", "--max_iters=70", f"--out_dir={parts}")
+    for step in (35, 67, 70):  # right after an evaluation, and between two; the rest comes from the checkpoint
+        run("train.py", "--init_from=resume", f"--max_iters={step}", f"--out_dir={parts}")
 
     def figures(out_dir):
         timing = ("images_per_second", "data_wait", "peak_memory_mb")
