@@ -66,7 +66,7 @@ encoder_adversarial_weight = 0.0  # D also judges pairs of real image and studen
 adversarial_weight = 1.0     # D must not tell the fake from the real image
 adversarial_form = "squares" # squares (least squares) or softplus, both relativistic; or hinge
 adversarial_scaling = "none" # of its gradient: none; unit (seraena); adaptive (to the pixel losses', CompVis)
-adversarial_start = 200      # steps before D begins; they are plain MSE where there is no mse_weight or l1_weight
+adversarial_start = 0        # steps before D begins; they are plain MSE where there is no mse_weight or l1_weight
 replay_size = 4096           # old fakes kept for D, as bytes on the device: half of the fakes it sees; 0 = only fresh fakes
 lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours
 mse_weight = 10.0            # MSE of the pixels
@@ -92,7 +92,7 @@ dtype = "auto"               # auto, float32, bfloat16 or float16: of teacher an
 compile = "auto"             # torch.compile: auto (on a GPU), true or false
 profile = 0                  # steps to record, once warm, as out_dir/trace.json for chrome://tracing or perfetto; 0 = off
 # -----------------------------------------------------------------------------
-AUTHOR = dict(muon=False, learning_rate=3e-4, discriminator_lr=3e-4, cooldown=0.0, window=0, adversarial_start=0, mse_weight=0.0)
+AUTHOR = dict(muon=False, learning_rate=3e-4, discriminator_lr=3e-4, cooldown=0.0, window=0, mse_weight=0.0)
 RECIPES = {
     "default": {},
     # the author's, by version, from taesd issues 2 and 11; he names the terms and the optimizer, the weights are ours
@@ -125,8 +125,6 @@ else:
         stop(f"--out_dir={out_dir}: holds a run already; --init_from=resume goes on with it, another --out_dir starts a new one")
     if init_from != "scratch":
         checkpoint = load_student(init_from)
-        if "decoder" in checkpoint["ready"] and checkpoint.get("settings", {}).get("adversarial_weight"):
-            adversarial_start = 0        # its D is trained
         learning_rate = 1e-4             # what is learned already is lost in larger steps
     globals().update(RECIPES[recipe])
     settings = configure(globals())  # the command line wins over the recipe
