@@ -226,7 +226,7 @@ def time_ours(teacher, data, folder):
     """(settings, last report) of train.py, in a process of its own: its pool is full by then."""
     warm_up = 70
     out_dir = tempfile.mkdtemp(dir=folder)
-    flags = dict(teacher=teacher, data_dir=data, crop=crop, batch_size=batch_size, device=device, out_dir=out_dir, adversarial_start=0, log_interval=warm_up,
+    flags = dict(teacher=teacher, data_dir=data, crop=crop, batch_size=batch_size, device=device, out_dir=out_dir, variant="plain", log_interval=warm_up,
                  eval_images=1, eval_interval=10**9, max_iters=warm_up + steps)
     command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), *(f"--{k}={v}" for k, v in flags.items())]
     subprocess.run(command + extra.split(), check=True, stdout=subprocess.DEVNULL)
