@@ -569,6 +569,8 @@ def test_training_learns_and_leaves_everything(tiny_run):
         assert np.mean(steps[200:220]) < 0.7 * np.mean(steps[:10])
     last = dict(line.split(": ") for line in tiny_run.output.split("---\n")[1].splitlines())
     assert {"images_seen", "images_per_second", "peak_memory_mb", "val_psnr", "val_lowres_mse", "val_latent_mse", "val_sharpness"} <= last.keys()
+    until_first_step = float(tiny_run.output.split("\nstart")[1].split()[0])
+    assert until_first_step < float(last["seconds"]) < 3600
     assert last["images_seen"] == "960" and float(last["val_psnr"]) == evaluations[-1]["val_psnr"]
     assert {path.name for path in out.iterdir()} == {"ckpt.pt", "ckpt_previous.pt", "diffusers", "log.jsonl", "samples", "taesd_decoder.pth", "taesd_encoder.pth"}
     assert {oct(path.stat().st_mode)[-3:] for path in (out / "diffusers").iterdir()} == {"644"}

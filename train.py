@@ -34,7 +34,8 @@ import torch.nn.functional as F
 
 from configure import configure, peak_memory_mb, pick_device, pick_dtype, require_positive, stop
 from data import Images, batches
-from model import VARIANTS, Decoder, Discriminator, Encoder, Muon, checkpoint_paths, load_checkpoint, load_student, model_card, parameters, save_diffusers, save_file, save_taesd
+from model import (VARIANTS, Decoder, Discriminator, Encoder, Muon, checkpoint_paths, load_checkpoint, load_student, model_card, parameters,
+                   save_diffusers, save_file, save_taesd)
 from sample import chunked, measure, picture
 from teacher import NAMES, Teacher
 
@@ -456,7 +457,8 @@ require("profile", not profile or profile_from + profile <= max_iters, f"begins 
 
 dtype_name = str(dtype).removeprefix("torch.")
 print(f"teacher   {teacher}: {vae}")
-print(f"student   width {width}, {variant + ' (diffusers cannot express it: exports are .pth only)' * (variant != 'plain')}: encoder {parameters(encoder):,}, decoder {parameters(decoder):,} parameters"
+print(f"student   width {width}, {variant}" + " (diffusers cannot express it: exports are .pth only)" * (variant != "plain")
+      + f": encoder {parameters(encoder):,}, decoder {parameters(decoder):,} parameters"
       + f"; discriminator {parameters(discriminator):,}" * adversarial)
 print(f"images    {len(images.train):,} to train on, {len(images.val):,} held out" if images.train else
       "images    synthetic dead leaves, to try things out: a real run wants --data_dir=a folder of images")
@@ -523,14 +525,14 @@ while True:
             encoded = encoder(real).float()
         loss = terms["encoder"] = F.mse_loss(encoded, latent) if encoder_loss == "mse" else F.l1_loss(encoded, latent)
     if train_decoder:
-        started = step >= adversarial_start
-        judged = adversarial and started
+        warm = step >= adversarial_start
+        judged = adversarial and warm
         encoder_judged = judged and train_encoder and encoder_adversarial_weight > 0
         if latent_noise > 0:
             latent = latent + latent_noise * torch.rand(len(latent), 1, 1, 1, device=device) * torch.randn_like(latent)
         with amp:
             fake = decoder(latent).float()
-        for name, weight in weights.items() if started or mse_weight or l1_weight else [("mse", 1.0)]:
+        for name, weight in weights.items() if warm or mse_weight or l1_weight else [("mse", 1.0)]:
             if weight > 0:
                 terms[name] = pixel_losses[name](fake, real)
                 loss = loss + weight * terms[name]
