@@ -3,7 +3,7 @@
 The only file that opens images. Batches leave here as uint8 RGB, NCHW; batch k is a pure function of (seed, k).
 
     python data.py --data_dir=photos --out=photos.pack   # decode every image once; then train.py --data_dir=photos.pack
-    python data.py --data_dir=photos                     # how fast are crops made?
+    python data.py --data_dir=photos --bench             # how fast are crops made?
 """
 import json
 import math
@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +26,17 @@ from model import save_file
 # -----------------------------------------------------------------------------
 # settings of `python data.py`
 data_dir = ""              # folder of images, searched recursively, or a pack; '' = synthetic
-out = ""                   # write the images of data_dir here, decoded; '' = measure the speed of crops instead
+out = ""                   # write the images of data_dir here, decoded
+bench = False              # instead: measure the speed of crops
 longest = 768              # longest side of a packed image in pixels: larger ones are made smaller
 size = 192                 # side of the crops that are timed, in pixels
 workers = 4                # threads that read images for a pack
 # -----------------------------------------------------------------------------
 
+warnings.filterwarnings("ignore", module="PIL")  # one for every odd file: those that cannot be read are named below
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+SMALLEST = 16  # pixels of the shorter side of an image that is used
 HELD_OUT = 0.05  # share of a folder that is never trained on
 SYNTHETIC_VAL_SEED = 2**32 - 1  # training seeds are smaller: held-out leaves never appear in training
 
@@ -158,9 +163,12 @@ def square_crop(path, size, rng=None, open_image=Image.open):
     """A file's square as [size,size,3] uint8, upright, on a background: random, from `size` pixels to the whole; the centre one for rng=None."""
     with open_image(path) as image:
         width, height = image.size
+        if min(width, height) < SMALLEST:
+            raise ValueError(f"{width}x{height} pixels: the shorter side must be {SMALLEST} or more")
+        if min(width, height) < size:  # mirrored at its edges, for it would teach blur if it were enlarged
+            image = mirrored(ImageOps.exif_transpose(eight_bits(image)), size)
+            width, height = image.size
         short = min(width, height)
-        if short < size / 2:
-            raise ValueError(f"{width}x{height} pixels is less than half of {size}")
         side, left, top = short, (width - short) / 2, (height - short) / 2
         if rng is not None:
             side = int(rng.integers(min(size, short), short + 1))
@@ -174,6 +182,13 @@ def square_crop(path, size, rng=None, open_image=Image.open):
         color = (255,) * 3 if rng is None else tuple(int(c) for c in rng.integers(256, size=3))
         square = Image.alpha_composite(Image.new("RGBA", square.size, color), square)
     return np.asarray(square.convert("RGB"))
+
+
+def mirrored(image, size):
+    """Reflect an image at its edges until both sides have at least `size` pixels."""
+    pixels = np.asarray(image)
+    sides = [max(0, size - side) for side in pixels.shape[:2]] + [0] * (pixels.ndim - 2)
+    return Image.fromarray(np.pad(pixels, [(side // 2, side - side // 2) for side in sides], "reflect"))
 
 
 def eight_bits(image):
@@ -331,4 +346,6 @@ if __name__ == "__main__":
     require_positive(globals(), "longest", "size", "workers")
     if out and not data_dir:
         stop("--out needs --data_dir, the folder of images to pack")
+    if not out and not bench:
+        stop("nothing to do: --data_dir=folder --out=pack packs a folder, --bench times crops")
     write_pack() if out else time_crops()

@@ -201,16 +201,17 @@ def checkpoint_paths(out_dir):
     return os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "ckpt_previous.pt")
 
 
-def load_checkpoint(out_dir):
+def load_checkpoint(out_dir, set_aside=False):
     """Read the last checkpoint of a run, onto the CPU, or the one before where the last is missing or damaged. Stops with one
-    line if neither can be read or they are not train.py's."""
+    line if neither can be read or they are not train.py's. set_aside: rename a damaged one, so that the next save does not keep
+    it as the one before."""
     path, previous = checkpoint_paths(out_dir)
     try:
         checkpoint = load_file(path)
     except SystemExit as error:
         if not os.path.isfile(previous):
             raise
-        if os.path.exists(path):  # not to be kept as the one before, when the next is saved
+        if set_aside and os.path.exists(path):
             os.replace(path, f"{path}.damaged")
         print(f"{error}; going back to {previous}", file=sys.stderr)
         checkpoint, path = load_file(previous), previous

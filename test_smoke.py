@@ -4,15 +4,18 @@ Tests on real images and released weights look for them in $TAESD_TEST_DATA and 
 """
 import ast
 import importlib.util
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -316,11 +319,15 @@ def test_a_single_file_in_the_original_layout(tmp_path):
         for ours, theirs in ORIGINAL:
             key = re.sub(ours, theirs, key)
         original[key] = value[..., None, None] if value.ndim == 2 and "mid.attn" in key else value
-    for name, state in (("plain", original), ("model", {f"first_stage_model.{key}": value for key, value in original.items()})):
-        safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / f"{name}.safetensors")
-        image = torch.rand(1, 3, 32, 32)
-        again = Teacher(f"{tmp_path / name}.safetensors::{tmp_path / 'vae'}")
-        assert torch.allclose(again.encode(image), Teacher(tmp_path / "vae").encode(image), atol=1e-4) and 1 / again.std == pytest.approx(0.18215)
+    original = {key: value.contiguous() for key, value in original.items()}
+    safetensors.torch.save_file(original, tmp_path / "vae.safetensors")
+    safetensors.torch.save_file({f"first_stage_model.{key}": value for key, value in original.items()}, tmp_path / "model.safetensors")
+    torch.save({"state_dict": {f"first_stage_model.{key}": value for key, value in original.items()}}, tmp_path / "model.ckpt")
+    image = torch.rand(1, 3, 32, 32)
+    latent = Teacher(tmp_path / "vae").encode(image)
+    for name in ("vae.safetensors", "model.safetensors", "model.ckpt"):
+        again = Teacher(f"{tmp_path / name}::{tmp_path / 'vae'}")
+        assert torch.allclose(again.encode(image), latent, atol=1e-4) and 1 / again.std == pytest.approx(0.18215), name
 
 
 ORIGINAL = [  # patterns of keys: diffusers -> CompVis
@@ -458,6 +465,17 @@ def test_windows_are_cut_in_their_place(train):
     assert torch.equal(train.cut(squares, 1), squares)
 
 
+def test_latents_are_those_of_the_whole_window(tmp_path):
+    run("train.py", *TINY, "--dtype=float32", "--max_iters=1", f"--out_dir={tmp_path / 'out'}")
+    pool = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["pool"]
+    crops, latents, teacher = pool["images"][:4] / 255, pool["latents"][:4].float(), Teacher("toy")  # of one window, row by row
+    window = torch.cat([torch.cat(list(crops[row:row + 2]), 2) for row in (0, 2)], 1)[None]
+    whole = teacher.encode(window)[0]
+    for i, (y, x) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
+        assert torch.allclose(latents[i], whole[:, y:y + 4, x:x + 4], atol=5e-3)
+    assert (teacher.encode(crops) - latents).abs().max() > 0.1
+
+
 def test_muon_is_that_of_torch():
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(8, 8, 3, 3)) for _ in range(3)] + [nn.Parameter(torch.randn(32, 8, 1, 1))]
@@ -521,16 +539,92 @@ def test_held_out_files_stay_held_out(tiny_run, tmp_path):
     assert len(inside.train) == 13 and len(inside.val) == 12
 
 
+def jpeg_on_its_side():
+    image, exif = Image.new("RGB", (96, 48), "white"), Image.Exif()
+    image.paste("red", (0, 0, 96, 24))  # the upper half, which orientation 6 shows on the right
+    exif[0x0112] = 6
+    return image, dict(format="JPEG", exif=exif, quality=95)
+
+
+def bytes_of(image, **options):
+    file = io.BytesIO()
+    image.save(file, **options)
+    return file.getvalue()
+
+
+def animation():
+    return bytes_of(Image.new("RGB", (64, 64), "red"), format="WEBP", lossless=True, save_all=True, append_images=[Image.new("RGB", (64, 64), "blue")])
+
+
+def bomb():
+    """A PNG of 60,000 x 60,000 pixels, by its header."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+FILES = {  # kind: (its bytes, the mean colour of its right half when it is read, or None if it is skipped)
+    "rotated by EXIF.jpg": (lambda: bytes_of(jpeg_on_its_side()[0], **jpeg_on_its_side()[1]), (255, 0, 0)),
+    "cmyk.jpg": (lambda: bytes_of(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), format="JPEG"), (255, 0, 0)),
+    "grey.JPEG": (lambda: bytes_of(Image.new("L", (64, 64), 100), format="JPEG"), (100,) * 3),
+    "palette.png": (lambda: bytes_of(Image.new("RGB", (64, 64), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE), format="PNG"), (10, 200, 30)),
+    "palette with a clear colour.png": (lambda: bytes_of(Image.new("RGBA", (64, 64), (255, 0, 0, 0)).quantize(4), format="PNG"), (255,) * 3),
+    "16 bits.png": (lambda: bytes_of(Image.fromarray(np.full((64, 64), 25700, np.uint16)), format="PNG"), (100,) * 3),
+    "two bits.png": (lambda: bytes_of(Image.new("1", (64, 64), 1), format="PNG"), (255,) * 3),
+    "transparent.webp": (lambda: bytes_of(Image.new("RGBA", (64, 64), (255, 0, 0, 0)), format="WEBP", lossless=True), (255,) * 3),
+    "half transparent.png": (lambda: bytes_of(Image.new("LA", (64, 64), (0, 128)), format="PNG"), (127,) * 3),
+    "animation.webp": (animation, (255, 0, 0)),
+    "small.png": (lambda: bytes_of(Image.new("RGB", (20, 30), "lime"), format="PNG"), (0, 255, 0)),
+    "40 megapixels.jpg": (lambda: bytes_of(Image.new("RGB", (8000, 5000), "blue"), format="JPEG"), (0, 0, 254)),
+    "truncated.jpg": (lambda: bytes_of(Image.effect_noise((99, 99), 50), format="JPEG")[:2000], None),
+    "truncated.png": (lambda: bytes_of(Image.effect_noise((99, 99), 50), format="PNG")[:2000], None),
+    "empty.jpg": (lambda: b"", None), "text.jpg": (lambda: b"not an image", None), "bomb.png": (bomb, None),
+    "pixel.png": (lambda: bytes_of(Image.new("RGB", (1, 1)), format="PNG"), None), "thin.png": (lambda: bytes_of(Image.new("RGB", (900, 2)), format="PNG"), None)}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_kind_of_file(kind, tmp_path, capsys):
+    content, color = FILES[kind]
+    (tmp_path / kind).write_bytes(content())
+    images = data.Images()
+    for _ in range(2):
+        square = images.read(str(tmp_path / kind), 48, None)
+        crop = images.read(str(tmp_path / kind), 48, np.random.default_rng(0))
+        if color is None:
+            assert square is None and crop is None
+        else:
+            assert square.shape == crop.shape == (48, 48, 3) and np.abs(square[:, 24:].mean((0, 1)) - color).max() < 3
+    assert capsys.readouterr().err.count("skipped") == (color is None)
+
+
+def test_a_folder_of_all_kinds(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run.folder, tmp_path / "all")
+    for kind, (content, _) in FILES.items():
+        (folder / kind).write_bytes(content())
+    (folder / "folder.jpg").mkdir()
+    (folder / "dangling.png").symlink_to(tmp_path / "gone.png")
+    process = start("train.py", *TINY, f"--data_dir={folder}", f"--val_dir={tiny_run.folder / 'deeper'}", "--max_iters=60", "--eval_interval=30",
+                    "--color_augment=0.5", f"--out_dir={tmp_path / 'out'}")
+    output, errors = process.communicate()
+    bad = {kind for kind, (_, color) in FILES.items() if color is None} | {"dangling.png", "broken.jpg"}
+    named = [line.split(":")[0] for line in errors.splitlines()]  # those that chance has come upon, once each
+    assert process.returncode == 0 and set(named) <= {f"skipped {folder / name}" for name in bad} and 5 < len(named) == len(set(named))
+    assert "folder.jpg" not in output and records(tmp_path / "out")[-1]["step"] == 60
+
+
 @needs_data
 def test_awkward_files(capsys):
     images = data.Images(str(DATA / "awkward"), str(DATA / "val"))
     for i in range(20):
         assert images.batch(64, 4, 0, [0, i]).shape == (4, 3, 64, 64)
     assert {os.path.basename(path) for path in images.bad} == {
-        "one_pixel.png", "text_file.jpg", "thin_1x512.png", "tiny_31x17.png", "truncated_small.jpg", "zero_bytes.jpg"}
-    assert capsys.readouterr().err.count("skipped") == 6
-    upright = data.square_crop(DATA / "awkward" / "orient6.webp", 64)
-    assert not np.array_equal(upright, np.asarray(Image.open(DATA / "awkward" / "orient6.webp").convert("RGB").resize((64, 64))))
+        "one_pixel.png", "text_file.jpg", "thin_1x512.png", "truncated_small.jpg", "zero_bytes.jpg"}
+    assert capsys.readouterr().err.count("skipped") == 5
+
+
+def test_small_images_are_mirrored():
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    wide = np.asarray(data.mirrored(Image.fromarray(pixels), 32))
+    assert wide.shape == (32, 40, 3) and np.array_equal(wide[6:26], pixels) and np.array_equal(wide[:7], pixels[6::-1])
 
 
 def test_pack(tiny_run, tmp_path):
@@ -548,7 +642,7 @@ def test_pack(tiny_run, tmp_path):
     assert np.abs(pack.read(path, 64, None).astype(int) - folder.read(str(tiny_run.folder / "0.jpg"), 64, None)).mean() < 2  # 80 pixels became 64
     assert pack.read(str(tmp_path / "pack" / "deeper" / "glass.png"), 32, None).min() == 255  # transparent, on white
     run("train.py", *TINY, "--window=32", f"--data_dir={tmp_path / 'pack'}", "--max_iters=2", f"--out_dir={tmp_path / 'out'}")
-    assert "crops of 32 pixels a second" in run("data.py", f"--data_dir={tmp_path / 'pack'}", "--size=32")
+    assert "crops of 32 pixels a second" in run("data.py", "--bench", f"--data_dir={tmp_path / 'pack'}", "--size=32")
     with open(tmp_path / "pack" / "pixels.bin", "ab") as file:
         file.truncate(1000)
     process = start("train.py", *TINY, f"--data_dir={tmp_path / 'pack'}", f"--out_dir={tmp_path / 'out2'}")
@@ -630,6 +724,18 @@ def test_the_checkpoint_before_is_kept(tiny_run, tmp_path):
     assert "holds a run already" in process.communicate()[1] and process.returncode == 1
 
 
+def test_a_full_disk_loses_nothing(tiny_run, tmp_path):
+    resource = pytest.importorskip("resource", reason="this system cannot limit the size of files")
+    out = shutil.copytree(tiny_run.out, tmp_path / "out")
+    files = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.p*")}
+    process = subprocess.run([sys.executable, HERE / "train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=241"], text=True,
+                             capture_output=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)))
+    line = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 1 and line.startswith("error: ") and "ckpt.pt: could not be written" in line and "Traceback" not in process.stderr
+    assert all((out / name).read_bytes() == content for name, content in files.items()) and not list(out.glob("*.tmp"))
+    run("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=241")
+
+
 def test_a_stopped_run_is_saved(tmp_path):
     process = start("train.py", *TINY, "--max_iters=100000", "--eval_interval=100000", f"--out_dir={tmp_path / 'out'}")
     while '"encoder"' not in (tmp_path / "out" / "log.jsonl").read_text() if (tmp_path / "out" / "log.jsonl").exists() else process.poll() is None:
@@ -702,12 +808,15 @@ def test_mistakes_are_one_clear_line(tmp_path, tiny_run):
     (tmp_path / "empty").mkdir()
     (tmp_path / "hostile").mkdir()
     torch.save({"settings": Hostile()}, tmp_path / "hostile" / "ckpt.pt")
+    torch.save({"state_dict": Hostile()}, tmp_path / "hostile" / "vae.ckpt")
+    (tmp_path / "half.safetensors").write_bytes(b"x" * 1000)
     (tmp_path / "half.pth").write_bytes((tiny_run.out / "taesd_encoder.pth").read_bytes()[:5000])
     (tmp_path / "texts").mkdir()
     for i in range(4):
         (tmp_path / "texts" / f"{i}.jpg").write_text("not an image")
     (tmp_path / "flux").mkdir()
     (tmp_path / "flux" / "config.json").write_text('{"_class_name": "AutoencoderOobleck"}')
+    families()["kl-f4"][0].save_pretrained(tmp_path / "kl-f4")
     unreadable, half = f"--data_dir={tmp_path / 'texts'}", "more than half"
     mistakes = {  # arguments: what the line must say
         ("--lerning_rate=1",): "--learning_rate", ("--batch_size=big",): "whole number, for example --batch_size=16", ("--batch_size=0",): "more than 0",
@@ -723,6 +832,10 @@ def test_mistakes_are_one_clear_line(tmp_path, tiny_run):
         ("--width=16", f"--init_from={tiny_run.out}"): "width",
         ("--width=16", f"--init_from={tiny_run.out / 'taesd_encoder.pth'}"): "width", (f"--init_from={tiny_run.folder / '0.jpg'}",): "no such folder",
         (f"--init_from={tmp_path / 'half.pth'}",): "half.pth", (f"--teacher={tmp_path / 'hostile' / 'ckpt.pt'}",): "ckpt.pt",
+        (f"--teacher={tmp_path / 'hostile' / 'vae.ckpt'}::{HERE / 'assets' / 'toy_vae'}",): "vae.ckpt",
+        (f"--teacher={tmp_path / 'half.safetensors'}::{HERE / 'assets' / 'toy_vae'}",): "half.safetensors",
+        ("--init_from=resume", f"--out_dir={tiny_run.out}", "--max_iters=999", "--width=16"): "'width': 8",
+        ("--init_from=resume", f"--out_dir={tiny_run.out}", "--max_iters=999", f"--teacher={tmp_path / 'kl-f4'}"): "'factor': 8",
         ("--variant=f32",): "factor 32", ("--device=tpu9",): "--device", (f"--out_dir={tiny_run.out}",): "resume"}
     # an unreachable hub: a closed port of this machine
     processes = {a: start("train.py", *TINY, f"--out_dir={tmp_path / 'out'}", *a, HF_ENDPOINT="http://127.0.0.1:9") for a in mistakes}

@@ -111,7 +111,7 @@ RECIPES = {
 settings = configure(globals())
 checkpoint = None
 if init_from == "resume":
-    checkpoint = load_checkpoint(out_dir)
+    checkpoint = load_checkpoint(out_dir, set_aside=True)
     before = {name: value for name, value in checkpoint["settings"].items() if name in settings and name not in ("out_dir", "init_from", "profile")}
     globals().update(before)         # the run's own settings...
     settings = configure(globals())  # ...but for what this command line says
