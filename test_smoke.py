@@ -799,6 +799,21 @@ def test_weights_of_others_are_a_start(tiny_run, tmp_path):
         assert first["step"] == 0 and first["val_psnr"] == pytest.approx(before, abs=0.05), name
 
 
+@needs_data
+def test_released_weights_are_a_start(tmp_path):
+    released, flags = DATA / "weights", ["--width=64", "--window=0", "--batch_size=2", "--replay_size=2", "--workers=1", "--eval_images=2", "--device=cpu"]
+    families()["sana"][0].save_pretrained(tmp_path / "sana")
+    run("train.py", *flags, f"--teacher={released / 'taef2_encoder.pth'}", f"--init_from={released / 'taef2_decoder.pth'}", "--max_iters=3",
+        f"--val_dir={DATA / 'val'}", f"--out_dir={tmp_path / 'flux2'}", "--eval_size=128", "--crop=64")
+    run("train.py", *flags, f"--teacher={tmp_path / 'sana'}", f"--init_from={released / 'taesana_encoder.pth'}", "--max_iters=3",
+        f"--out_dir={tmp_path / 'f32'}", "--eval_size=64", "--crop=64")
+    first, *_, last = [line["val_psnr"] for line in records(tmp_path / "flux2") if "val_psnr" in line]
+    assert first == pytest.approx(records(tmp_path / "flux2")[0]["teacher"]["psnr"], abs=0.05) and last > first - 0.2
+    before, after = (torch.load(path / "taesana_encoder.pth" if path == released else path / "taesd_encoder.pth", weights_only=True)
+                     for path in (released, tmp_path / "f32"))
+    assert before.keys() == after.keys() and all(0 < (before[key].float() - after[key]).abs().max() < 0.01 for key in before)
+
+
 class Hostile:
     def __reduce__(self):
         return os.system, ("echo hacked",)
