@@ -105,7 +105,8 @@ class Images:
                 found.append(square)
         self.bad_held_out = len(self.bad)
         if not found:
-            stop(f"none of {len(self.val)} held-out images can be read, for example {': '.join(next(iter(self.bad.items())))}")
+            stop(f"none of {len(self.val)} held-out images can be read, for example {': '.join(next(iter(self.bad.items())))}; "
+                 f"--val_dir= takes a folder of others")
         return to_tensor(found)
 
 

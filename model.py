@@ -3,7 +3,6 @@
 Layer order and state-dict keys are those of taesd.py (github.com/madebyollin/taesd), so weights go both ways.
 Images are [0,1], latents about N(0,1), all NCHW. The student never sees [-1,1] or a scaling factor.
 """
-import importlib.util
 import math
 import os
 import re
@@ -206,6 +205,8 @@ def load_checkpoint(out_dir, set_aside=False):
     line if neither can be read or they are not train.py's. set_aside: rename a damaged one, so that the next save does not keep
     it as the one before."""
     path, previous = checkpoint_paths(out_dir)
+    if not any(map(os.path.isfile, (path, previous))):
+        stop(f"--out_dir={out_dir}: no such file as {path}, so there is no run here yet")
     try:
         checkpoint = load_file(path)
     except SystemExit as error:
@@ -220,7 +221,7 @@ def load_checkpoint(out_dir, set_aside=False):
     return checkpoint
 
 
-def load_student(source):
+def load_student(source, flag="--init_from"):
     """The student of a run's out_dir, of taesd.py files (the path of one; its partner is taken where it lies beside it), or of
     an AutoencoderTiny (a diffusers folder or a hub id).
 
@@ -235,9 +236,11 @@ def load_student(source):
             path = os.path.join(folder, re.sub("encoder|decoder", half, name))
             if path == source or os.path.isfile(path):
                 halves[half] = load_taesd(path)
+    elif os.path.isfile(source) or not os.path.isdir(source) and (source.count("/") != 1 or source[0] in "./~"):
+        stop(f"{flag}={source}: no such weights; it takes a run's out_dir, a taesd.py .pth file, an AutoencoderTiny folder or a hub id owner/repo")
     else:
         from teacher import load_autoencoder
-        vae = load_autoencoder(source, torch.float32, "--init_from")
+        vae = load_autoencoder(source, torch.float32, flag)
         try:
             shape = dict(latent_channels=vae.config.latent_channels, factor=2 ** (len(vae.config.encoder_block_out_channels) - 1),
                          width=vae.config.encoder_block_out_channels[0], variant="plain")
@@ -260,8 +263,6 @@ def save_taesd(path, module, dtype=torch.float32):
 
 def save_onnx(path, module):
     """Write an ONNX file of a float32 encoder or decoder, for any batch size, height and width. Needs onnx and onnxscript."""
-    if not all(importlib.util.find_spec(package) for package in ("onnx", "onnxscript")):
-        stop(f"{path}: needs two more packages: pip install onnx onnxscript")
     decoder = isinstance(module[0], Clamp)
     names, channels = (("latent", "image"), module[1].in_channels) if decoder else (("image", "latent"), 3)
     cells = 16 if decoder else 16 * 2 ** sum(getattr(layer, "stride", 0) == (2, 2) for layer in module)

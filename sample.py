@@ -5,6 +5,7 @@
     python sample.py --out_dir=out --compare=taesdxl_decoder.pth   # beside other weights, on the same latents
     python sample.py --out_dir=out --export            # weights for other programs
 """
+import importlib.util
 import os
 import time
 
@@ -122,15 +123,20 @@ def write_exports(checkpoint):
     networks = student(checkpoint)
     written = []
     for half in ready:
-        written += [f"taesd_{half}.pth", f"taesd_{half}.onnx"]
-        save_taesd(os.path.join(folder, written[-2]), networks[half], getattr(torch, export_dtype))
-        save_onnx(os.path.join(folder, written[-1]), networks[half])
+        written.append(f"taesd_{half}.pth")
+        save_taesd(os.path.join(folder, written[-1]), networks[half], getattr(torch, export_dtype))
     if len(ready) == 2 and shape["variant"] == "plain":
         written.append("diffusers")
         save_diffusers(os.path.join(folder, "diffusers"), *networks.values(), getattr(torch, export_dtype), model_card(checkpoint))
-    print(f"{folder}: wrote {', '.join(written)}")
+    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
+        for half in ready:
+            written.append(f"taesd_{half}.onnx")
+            save_onnx(os.path.join(folder, written[-1]), networks[half])
+    else:
+        print("no ONNX files: they need two more packages, pip install onnx onnxscript")
     if shape["variant"] != "plain":
         print(f"no diffusers folder: AutoencoderTiny cannot express the variant {shape['variant']}")
+    print(f"{folder}: wrote {', '.join(written)}")
 
 
 def student(checkpoint):
@@ -155,7 +161,7 @@ def main():
     teacher = Teacher(checkpoint["settings"]["teacher"], place)
     students = {"our": student(checkpoint)}
     if compare:
-        other = load_student(compare)
+        other = load_student(compare, "--compare")
         if [other["shape"][name] for name in ("latent_channels", "factor")] != [teacher.latent_channels, teacher.factor]:
             stop(f"--compare={compare}: has {other['shape']['latent_channels']} channels at factor {other['shape']['factor']}, the run's teacher "
                  f"{teacher.latent_channels} at {teacher.factor}")

@@ -4,7 +4,7 @@
 everything outside it is [0,1] images and latents about N(0,1).
 
 Run as a script, it shows what a teacher is, and whether its latents are about N(0,1):
-    python teacher.py --teacher=sdxl --images=photos --out_dir=look
+    python teacher.py --teacher=sdxl --images=photos --out_dir=out-look
 or trains an AutoencoderKL of any factor (L1 + a small KL term) and measures its scaling factor:
     python teacher.py --out_dir=assets/toy_vae                                           # the `toy` teacher, 25 minutes on 2 cores
     python teacher.py --factor=16 --latent_channels=16 --data_dir=photos --out_dir=f16   # then train.py --teacher=f16
@@ -141,7 +141,10 @@ def partner(encoder_path):
     folder, name = os.path.split(encoder_path)
     if "encoder" not in name:
         stop(f"--teacher={encoder_path}: name the encoder of a pair, for example taesd_encoder.pth beside taesd_decoder.pth")
-    return os.path.join(folder, name.replace("encoder", "decoder"))
+    decoder_path = os.path.join(folder, name.replace("encoder", "decoder"))
+    if os.path.isfile(encoder_path) and not os.path.isfile(decoder_path):
+        stop(f"--teacher={encoder_path}: its other half, {decoder_path}, is missing; a teacher needs both")
+    return decoder_path
 
 
 def load_autoencoder(name, dtype, flag="--teacher"):
@@ -157,7 +160,7 @@ def load_autoencoder(name, dtype, flag="--teacher"):
         if not subfolder and os.path.isfile(os.path.join(where, "vae", "config.json")):
             subfolder = "vae"  # a whole pipeline
         if not os.path.isfile(os.path.join(where, subfolder, "config.json")):
-            stop(f"{flag}={name}: the folder holds no config.json, so it is not a diffusers VAE")
+            stop(f"{flag}={name}: the folder holds no config.json, so it is not a diffusers VAE (of a taesd.py pair, name the encoder.pth itself)")
     elif where.count("/") != 1 or where[0] in "./~":
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)[0]
         stop(f"{flag}={name}: no such folder and no known name (did you mean {near}?); it takes {', '.join(NAMES)}, a diffusers folder, "

@@ -765,7 +765,8 @@ def test_each_half_alone(tmp_path, tiny_run):
     run("train.py", *TINY, "--max_iters=2", "--train_decoder=false", f"--out_dir={tmp_path / 'encoder'}")
     assert not (tmp_path / "encoder" / "taesd_decoder.pth").exists() and (tmp_path / "encoder" / "taesd_encoder.pth").exists()
     run("sample.py", f"--out_dir={tmp_path / 'encoder'}")
-    run("train.py", *TINY, "--max_iters=2", "--train_encoder=false", f"--init_from={tiny_run.out}", f"--out_dir={tmp_path / 'decoder'}")
+    flags = [flag for flag in TINY if "width" not in flag]  # the run's is taken
+    run("train.py", *flags, "--max_iters=2", "--train_encoder=false", f"--init_from={tiny_run.out}", f"--out_dir={tmp_path / 'decoder'}")
     before, after = (torch.load(out / "taesd_encoder.pth", weights_only=True) for out in (tiny_run.out, tmp_path / "decoder"))
     assert all(torch.equal(before[key], after[key]) for key in before)  # frozen as it was loaded, and exported
     shutil.copytree(tiny_run.out, tmp_path / "resumed")
@@ -824,6 +825,7 @@ def test_mistakes_are_one_clear_line(tmp_path, tiny_run):
     (tmp_path / "hostile").mkdir()
     torch.save({"settings": Hostile()}, tmp_path / "hostile" / "ckpt.pt")
     torch.save({"state_dict": Hostile()}, tmp_path / "hostile" / "vae.ckpt")
+    shutil.copy(tiny_run.out / "taesd_encoder.pth", tmp_path / "lone_encoder.pth")
     (tmp_path / "half.safetensors").write_bytes(b"x" * 1000)
     (tmp_path / "half.pth").write_bytes((tiny_run.out / "taesd_encoder.pth").read_bytes()[:5000])
     (tmp_path / "texts").mkdir()
@@ -845,13 +847,13 @@ def test_mistakes_are_one_clear_line(tmp_path, tiny_run):
         (f"--teacher={tmp_path / 'flux'}",): "AutoencoderOobleck", ("--teacher=gone_encoder.pth",): "no such file",
         ("--init_from=resume",): "no such file", (f"--init_from={tmp_path / 'hostile'}",): "ckpt.pt",
         ("--width=16", f"--init_from={tiny_run.out}"): "width",
-        ("--width=16", f"--init_from={tiny_run.out / 'taesd_encoder.pth'}"): "width", (f"--init_from={tiny_run.folder / '0.jpg'}",): "no such folder",
+        ("--width=16", f"--init_from={tiny_run.out / 'taesd_encoder.pth'}"): "width", (f"--init_from={tiny_run.folder / '0.jpg'}",): "no such weights", ("--init_from=toy",): "a run's out_dir",
         (f"--init_from={tmp_path / 'half.pth'}",): "half.pth", (f"--teacher={tmp_path / 'hostile' / 'ckpt.pt'}",): "ckpt.pt",
         (f"--teacher={tmp_path / 'hostile' / 'vae.ckpt'}::{HERE / 'assets' / 'toy_vae'}",): "vae.ckpt",
         (f"--teacher={tmp_path / 'half.safetensors'}::{HERE / 'assets' / 'toy_vae'}",): "half.safetensors",
         ("--init_from=resume", f"--out_dir={tiny_run.out}", "--max_iters=999", "--width=16"): "'width': 8",
         ("--init_from=resume", f"--out_dir={tiny_run.out}", "--max_iters=999", f"--teacher={tmp_path / 'kl-f4'}"): "'factor': 8",
-        ("--variant=f32",): "factor 32", ("--device=tpu9",): "--device", (f"--out_dir={tiny_run.out}",): "resume"}
+        (f"--teacher={tmp_path / 'lone_encoder.pth'}",): "lone_decoder.pth, is missing", ("--variant=f32",): "factor 32", ("--device=tpu9",): "--device", (f"--out_dir={tiny_run.out}",): "resume"}
     # an unreachable hub: a closed port of this machine
     processes = {a: start("train.py", *TINY, f"--out_dir={tmp_path / 'out'}", *a, HF_ENDPOINT="http://127.0.0.1:9") for a in mistakes}
     for arguments, words in mistakes.items():

@@ -57,7 +57,7 @@ workers = 4                  # threads that read images
 # teacher and student
 teacher = "toy"              # toy, sd, sd-mse, sdxl, a diffusers folder, a hub id, a .safetensors file, or a taesd.py pair's encoder.pth
 variant = "auto"             # of the student: plain (TAESD), midblock_gn (FLUX.2), f32 (Sana), or auto: as the teacher or init_from wants
-width = 64                   # channels of the student: 64 = the released TAESD; 32 or 16 for phones and CPUs
+width = 64                   # channels of the student, as init_from has it or: 64 = the released TAESD; 32 or 16 for phones and CPUs
 train_encoder = True         # false = leave the encoder as init_from has it
 train_decoder = True         # false = leave the decoder as init_from has it
 # losses: the weight of each term; 0 = off, and not computed
@@ -76,7 +76,7 @@ frequency_weight = 0.0       # L1 of the amplitudes of the 2-D Fourier transform
 lpips_weight = 0.0           # perceptual distance, from the lpips package
 latent_noise = 0.0           # the decoder learns from latents with up to this much noise, so that it also decodes unfinished ones
 # optimizer
-learning_rate = 1e-3         # of encoder and decoder; where init_from names a run and no flag says otherwise, 1e-4
+learning_rate = 1e-3         # of encoder and decoder; 1e-4 if init_from names weights and no flag says otherwise
 muon = True                  # Muon for the weights of hidden layers, Adam for the rest; false = Adam for all
 discriminator_lr = 1e-3      # of the discriminator
 warmup_iters = 0             # steps over which the learning rates rise
@@ -127,6 +127,8 @@ else:
     if init_from != "scratch":
         checkpoint = load_student(init_from)
         learning_rate = 1e-4             # what is learned already is lost in larger steps
+        width = checkpoint["shape"]["width"]
+        teacher = checkpoint.get("settings", {}).get("teacher", teacher)
     globals().update(RECIPES[recipe])
     settings = configure(globals())  # the command line wins over the recipe
 
