@@ -15,6 +15,7 @@ shift colour. The method is that of the TAESD author, from github.com/madebyolli
 """
 import copy
 import datetime
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -28,7 +29,6 @@ import time
 started = time.time()
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import diffusers
 import torch
 import torch.nn.functional as F
 
@@ -477,7 +477,7 @@ goal = measure(val_teacher, val_real)
 print(f"goal      the teacher's own round trip of the held-out images: psnr {goal['psnr']:.2f} dB, sharpness {goal['sharpness']:.2f}", flush=True)
 images.batch(across * crop, 1, 0, [seed, batches_read])  # a folder of broken files stops the program here, before it leaves anything
 os.makedirs(out_dir, exist_ok=True)
-versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": importlib.metadata.version("diffusers")}
 picture({"original": val_real[:8], f"teacher: {teacher}": val_teacher[:8]}, os.path.join(out_dir, "samples", "teacher.png"))
 log({"settings": settings, "versions": versions, "device": str(device), "dtype": dtype_name, "compile": compile, "teacher": goal})
 
