@@ -201,6 +201,17 @@ def test_files_of_every_variant_come_back(variant, factor, width, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("channels,factor", [(3, 4), (16, 8), (16, 16), (64, 32)])
+def test_diffusers_gives_the_same_pixels_at_every_factor(channels, factor, tmp_path):
+    encoder, decoder, image = model.Encoder(channels, factor, 8), model.Decoder(channels, factor, 8), torch.rand(1, 3, 64, 128)
+    model.save_diffusers(str(tmp_path / "tiny"), encoder, decoder)
+    tiny = AutoencoderTiny.from_pretrained(tmp_path / "tiny")
+    latent = tiny.encode(image * 2 - 1).latents
+    assert latent.shape == (1, channels, 64 // factor, 128 // factor) and torch.allclose(latent, encoder(image), atol=1e-5)
+    assert torch.allclose(tiny.decode(latent).sample / 2 + 0.5, decoder(latent), atol=1e-5)
+
+
+@torch.no_grad()
 def test_onnx(tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
