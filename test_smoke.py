@@ -237,6 +237,10 @@ def test_teacher_speaks_the_vae_s_language(tmp_path):
     latent = (vae.encode(2 * image - 1).latent_dist.mean - 0.25) * 0.5
     assert torch.allclose(teacher.encode(image), latent, atol=1e-6) and latent.shape == (2, 3, 4, 6)
     assert torch.allclose(teacher.decode(latent), (vae.decode(latent / 0.5 + 0.25).sample / 2 + 0.5).clamp(0, 1), atol=1e-6)
+    assert Teacher(tmp_path, dtype=torch.float16).dtype == torch.float32  # force_upcast in its config: it overflows in float16
+    vae.register_to_config(force_upcast=False)
+    vae.save_pretrained(tmp_path / "vae")
+    assert Teacher(tmp_path, dtype=torch.float16).dtype == torch.float16
 
 
 def families():
