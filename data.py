@@ -166,7 +166,7 @@ def square_crop(path, size, rng=None, open_image=Image.open):
         width, height = image.size
         if min(width, height) < SMALLEST:
             raise ValueError(f"{width}x{height} pixels: the shorter side must be {SMALLEST} or more")
-        if min(width, height) < size:  # mirrored at its edges, for it would teach blur if it were enlarged
+        if rng is not None and min(width, height) < size:  # mirrored at its edges: enlarged, it would teach blur
             image = mirrored(ImageOps.exif_transpose(eight_bits(image)), size)
             width, height = image.size
         short = min(width, height)
