@@ -739,6 +739,15 @@ def test_the_checkpoint_before_is_kept(tiny_run, tmp_path):
     assert "holds a run already" in process.communicate()[1] and process.returncode == 1
 
 
+def test_numbers_that_are_not_finite_stop_the_run(tiny_run, tmp_path):
+    out = shutil.copytree(tiny_run.out, tmp_path / "out")
+    before = (out / "ckpt.pt").read_bytes()
+    process = start("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=260", "--log_interval=8", "--learning_rate=1e30", "--cooldown=0")
+    line = process.communicate()[1].strip().splitlines()[-1]
+    assert process.returncode == 1 and re.match(r"error: step 24[23]: \w+ is (nan|inf)", line) and "--init_from=resume" in line
+    assert (out / "ckpt.pt").read_bytes() == before
+
+
 def test_a_full_disk_loses_nothing(tiny_run, tmp_path):
     resource = pytest.importorskip("resource", reason="this system cannot limit the size of files")
     out = shutil.copytree(tiny_run.out, tmp_path / "out")

@@ -219,7 +219,7 @@ def progress(images_per_second):
     return {"step": step, "images_seen": images_seen, "images_per_second": round(images_per_second, 2)}
 
 
-def check_finite(record):
+def check_finite(record, step):
     for name, value in record.items():
         if not math.isfinite(value):
             stop(f"step {step}: {name} is {value}. A checkpoint in {out_dir} is from before; go on with --init_from=resume and "
@@ -500,7 +500,7 @@ while True:
     if step == max_iters or stopping or step % eval_interval == 0 and (step > first_step or init_from not in ("scratch", "resume")):
         if not stopping:
             figures = evaluate()
-            check_finite(figures)
+            check_finite(figures, step)
             log(progress((images_seen - first_image) / max(train_seconds, 1e-9)) | figures)
             print(f"eval {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
         save()
@@ -591,8 +591,10 @@ while True:
     # report, and before every save: the terms stay on the device until then
     history.append(torch.stack(list(terms.values())).detach())
     if step % log_interval == 0 or step % eval_interval == 0 or step == max_iters or stopping:
-        mean = dict(zip(terms, torch.stack(history).mean(0).tolist()))
-        check_finite(mean)
+        history = torch.stack(history).cpu()
+        for i, row in enumerate(history.tolist()):
+            check_finite(dict(zip(terms, row)), step - len(history) + 1 + i)
+        mean = dict(zip(terms, history.mean(0).tolist()))
         seconds = time.time() - clock
         rate = len(history) * batch_size / seconds
         report = progress(rate) | {name: round(value, 6) for name, value in mean.items()}
