@@ -215,13 +215,15 @@ def test_diffusers_gives_the_same_pixels_at_every_factor(channels, factor, tmp_p
 def test_onnx(tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    decoder = model.Decoder(4, 8, 8)
-    model.save_onnx(str(tmp_path / "decoder.onnx"), decoder)
-    session = runtime.InferenceSession(tmp_path / "decoder.onnx")
-    for shape in ((1, 4, 5, 9), (3, 4, 8, 4)):
-        latent = torch.randn(shape)
-        image, = session.run(None, {"latent": latent.numpy()})
-        assert np.abs(image - decoder(latent).numpy()).max() < 1e-4 and image.shape == (shape[0], 3, 8 * shape[2], 8 * shape[3])
+    for variant, factor in (("plain", 8), ("midblock_gn", 8), ("f32", 32)):
+        shape = dict(latent_channels=4, factor=factor, width=8, variant=variant)
+        for half, network, channels, cell in (("encoder", model.Encoder(**shape), 3, factor), ("decoder", model.Decoder(**shape), 4, 1)):
+            model.save_onnx(str(tmp_path / f"{half}.onnx"), network)
+            session = runtime.InferenceSession(tmp_path / f"{half}.onnx")
+            for n, height, width in ((1, 5, 9), (3, 8, 4)):
+                given = torch.rand(n, channels, height * cell, width * cell)
+                found, = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+                assert np.abs(found - network(given).numpy()).max() < 1e-4, (variant, half)
 
 
 # the teacher
