@@ -731,9 +731,11 @@ def test_the_checkpoint_before_is_kept(tiny_run, tmp_path):
     out = shutil.copytree(tiny_run.out, tmp_path / "out")
     assert torch.load(out / "ckpt_previous.pt", weights_only=True)["step"] == 160
     (out / "ckpt.pt").write_bytes((out / "ckpt.pt").read_bytes()[:10_000])  # damaged
+    run("sample.py", f"--out_dir={out}", "--device=cpu")
+    assert (out / "ckpt.pt").exists()  # to look changes nothing
     process = start("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=161")
     assert "going back to" in process.communicate()[1] and process.returncode == 0
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 161
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 161 and (out / "ckpt.pt.damaged").exists()
     os.remove(out / "ckpt.pt")  # killed between two renames
     run("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=162")
     os.remove(out / "ckpt.pt")
@@ -834,6 +836,8 @@ def test_released_weights_are_a_start(tmp_path):
         f"--val_dir={DATA / 'val'}", f"--out_dir={tmp_path / 'flux2'}", "--eval_size=128", "--crop=64")
     run("train.py", *flags, f"--teacher={tmp_path / 'sana'}", f"--init_from={released / 'taesana_encoder.pth'}", "--max_iters=3",
         f"--out_dir={tmp_path / 'f32'}", "--eval_size=64", "--crop=64")
+    run("train.py", *flags[1:], f"--init_from={tmp_path / 'flux2'}", "--max_iters=1", f"--out_dir={tmp_path / 'more'}", "--eval_size=64", "--crop=64")
+    assert records(tmp_path / "more")[0]["settings"]["teacher"] == str(released / "taef2_encoder.pth")  # a run brings its own
     first, *_, last = [line["val_psnr"] for line in records(tmp_path / "flux2") if "val_psnr" in line]
     assert first == pytest.approx(records(tmp_path / "flux2")[0]["teacher"]["psnr"], abs=0.05) and last > first - 0.2
     before, after = (torch.load(path / "taesana_encoder.pth" if path == released else path / "taesd_encoder.pth", weights_only=True)
@@ -850,6 +854,10 @@ def test_mistakes_are_one_clear_line(tmp_path, tiny_run):
     (tmp_path / "empty").mkdir()
     (tmp_path / "hostile").mkdir()
     torch.save({"settings": Hostile()}, tmp_path / "hostile" / "ckpt.pt")
+    (tmp_path / "older").mkdir()
+    older = torch.load(tiny_run.out / "ckpt.pt", weights_only=True)
+    del older["figures"]
+    torch.save(older, tmp_path / "older" / "ckpt.pt")
     torch.save({"state_dict": Hostile()}, tmp_path / "hostile" / "vae.ckpt")
     shutil.copy(tiny_run.out / "taesd_encoder.pth", tmp_path / "lone_encoder.pth")
     (tmp_path / "half.safetensors").write_bytes(b"x" * 1000)
@@ -879,6 +887,7 @@ def test_mistakes_are_one_clear_line(tmp_path, tiny_run):
         (f"--teacher={tmp_path / 'half.safetensors'}::{HERE / 'assets' / 'toy_vae'}",): "half.safetensors",
         ("--init_from=resume", f"--out_dir={tiny_run.out}", "--max_iters=999", "--width=16"): "'width': 8",
         ("--init_from=resume", f"--out_dir={tiny_run.out}", "--max_iters=999", f"--teacher={tmp_path / 'kl-f4'}"): "'factor': 8",
+        ("--init_from=resume", f"--out_dir={tmp_path / 'older'}", "--max_iters=999"): "another version, it lacks figures",
         (f"--teacher={tmp_path / 'lone_encoder.pth'}",): "lone_decoder.pth, is missing", ("--variant=f32",): "factor 32", ("--device=tpu9",): "--device", (f"--out_dir={tiny_run.out}",): "resume"}
     # an unreachable hub: a closed port of this machine
     processes = {a: start("train.py", *TINY, f"--out_dir={tmp_path / 'out'}", *a, HF_ENDPOINT="http://127.0.0.1:9") for a in mistakes}

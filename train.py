@@ -444,6 +444,10 @@ if checkpoint:
         images_averaged = checkpoint.get("images_averaged", 10 * ema_halflife)  # those of others count as an average at its full length
     ready = sorted({*ready, *checkpoint["ready"]})
 if init_from == "resume":
+    lacking = {"step", "images_seen", "batches_read", "due", "figures", "rng", "cuda_rng", *networks, *optimizers, *memories} - checkpoint.keys()
+    if lacking:
+        stop(f"--init_from=resume: the checkpoint in {out_dir} is of another version, it lacks {', '.join(sorted(lacking))}; "
+             f"--init_from={out_dir} and a new --out_dir start from its weights")
     step, images_seen, batches_read, due, figures = (checkpoint[name] for name in ("step", "images_seen", "batches_read", "due", "figures"))
     for name, part in (optimizers | memories).items():
         if checkpoint[name]:  # a scaler that was off has no state
