@@ -34,6 +34,8 @@ class Block(nn.Module):
         self.pool = nn.Sequential(
             nn.Conv2d(width, width * 4, 1, bias=False), nn.GroupNorm(4, width * 4), nn.ReLU(),
             nn.Conv2d(width * 4, width, 1, bias=False)) if midblock_gn else None
+        if midblock_gn:
+            nn.init.zeros_(self.pool[-1].weight)  # a fresh branch is silent: at random it drowns the block
 
     def forward(self, x):
         if self.pool is not None:

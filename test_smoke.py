@@ -89,6 +89,16 @@ def test_networks():
         assert model.Discriminator(5)(image, latent).shape == (2, 5, *latent.shape[2:])
 
 
+@torch.no_grad()
+def test_a_fresh_groupnorm_branch_is_silent():
+    for build, given in ((model.Encoder, torch.rand(1, 3, 32, 32)), (model.Decoder, torch.randn(1, 5, 4, 4))):
+        plain, branched = build(5, 8, 8), build(5, 8, 8, "midblock_gn")
+        branched.load_state_dict(plain.state_dict(), strict=False)
+        assert torch.equal(plain(given), branched(given))
+        branched.state_dict()[next(key for key in branched.state_dict() if key.endswith("pool.3.weight"))].fill_(0.1)
+        assert not torch.allclose(plain(given), branched(given), atol=1e-3)
+
+
 def plain_taesd(width, channels):
     """taesd.py's layout in plain torch, written without looking at model.py's classes."""
     class B(nn.Module):
@@ -218,6 +228,8 @@ def test_onnx(tmp_path):
     for variant, factor in (("plain", 8), ("midblock_gn", 8), ("f32", 32)):
         shape = dict(latent_channels=4, factor=factor, width=8, variant=variant)
         for half, network, channels, cell in (("encoder", model.Encoder(**shape), 3, factor), ("decoder", model.Decoder(**shape), 4, 1)):
+            for weight in network.parameters():  # branches that are silent at first must be heard
+                weight.add_(0.02 * torch.randn_like(weight))
             model.save_onnx(str(tmp_path / f"{half}.onnx"), network)
             session = runtime.InferenceSession(tmp_path / f"{half}.onnx")
             for n, height, width in ((1, 5, 9), (3, 8, 4)):
