@@ -31,10 +31,11 @@ class Block(nn.Module):
     def __init__(self, width, midblock_gn=False):
         super().__init__()
         self.conv = nn.Sequential(conv(width, width), nn.ReLU(), conv(width, width), nn.ReLU(), conv(width, width))
-        self.pool = nn.Sequential(
-            nn.Conv2d(width, width * 4, 1, bias=False), nn.GroupNorm(4, width * 4), nn.ReLU(),
-            nn.Conv2d(width * 4, width, 1, bias=False)) if midblock_gn else None
+        self.pool = None
         if midblock_gn:
+            self.pool = nn.Sequential(
+                nn.Conv2d(width, width * 4, 1, bias=False), nn.GroupNorm(4, width * 4), nn.ReLU(),
+                nn.Conv2d(width * 4, width, 1, bias=False))
             nn.init.zeros_(self.pool[-1].weight)  # a fresh branch is silent: at random it drowns the block
 
     def forward(self, x):
