@@ -3,14 +3,11 @@
 The only file that opens images. Batches leave here as uint8 RGB, NCHW; batch k is a pure function of (seed, k).
 
     python data.py --data_dir=photos --out=photos.pack   # decode every image once; then train.py --data_dir=photos.pack
-    python data.py --data_dir=photos --bench             # how fast are crops made?
 """
-import json
 import math
 import os
 import sys
 import threading
-import time
 import warnings
 import zlib
 from collections import deque
@@ -18,18 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 
-from configure import configure, require_positive, stop
-from model import save_file
+from support.configure import configure, require_positive, stop
+from support.packs import Pack, is_pack, write_pack
+from support.synthetic import dead_leaves
 
 # -----------------------------------------------------------------------------
 # settings of `python data.py`
-data_dir = ""              # folder of images, searched recursively, or a pack; '' = synthetic
-out = ""                   # write the images of data_dir here, decoded
-bench = False              # instead: measure the speed of crops
+data_dir = ""              # folder of images, searched recursively
+out = ""                   # the pack: write the images of data_dir here, decoded
 longest = 768              # longest side of a packed image in pixels: larger ones are made smaller
-size = 192                 # side of the crops that are timed, in pixels
 workers = 4                # threads that read images for a pack
 # -----------------------------------------------------------------------------
 
@@ -61,10 +57,14 @@ class Images:
         self.train = [path for path in self.train if os.path.abspath(path) not in held_out]
         self.val.sort(key=lambda path: name_crc(path, val_folder or folder))  # as good as shuffled, the same everywhere
         if folder and not self.train:
-            stop(f"--data_dir={folder}: nothing to train on: at least two images are needed, one of them to be held out")
+            stop(f"--data_dir={folder}: nothing to train on: at least two images are needed, one of them is held out")
+
+    def __str__(self):
+        return (f"{len(self.train):,} to train on, {len(self.val):,} held out" if self.train else
+                "synthetic dead leaves, to try things out: a real run wants --data_dir=a folder of images")
 
     def read(self, path, size, rng):
-        """A random crop of the file as [size,size,3] uint8 (rng=None: the centre square), or None if it is unreadable."""
+        """A random crop of the file as [size,size,3] uint8 (rng=None: the centre square); None if it is unreadable."""
         try:
             for pack in self.packs:
                 if path in pack.rows:
@@ -82,8 +82,9 @@ class Images:
             return dead_leaves(size, rng)
         while True:
             if len(self.bad) - self.bad_held_out > len(self.train) / 2:
-                stop(f"more than half of the image files cannot be read, for example {': '.join(next(iter(self.bad.items())))}")
-            path, own = self.train[rng.integers(len(self.train))], np.random.default_rng(rng.integers(2**63))  # both, though it be broken
+                stop(f"more than half of the image files cannot be read, for example {self.a_bad_one()}")
+            # both are drawn for a broken file, too: what follows must not depend on when that was found out
+            path, own = self.train[rng.integers(len(self.train))], np.random.default_rng(rng.integers(2**63))
             if path not in self.bad and (crop := self.read(path, size, own)) is not None:
                 return crop
 
@@ -98,16 +99,20 @@ class Images:
         """The first n readable held-out images as centre squares, [n,3,size,size] uint8."""
         found = []
         if not self.val:
+            rngs = [np.random.default_rng([SYNTHETIC_VAL_SEED, i]) for i in range(n)]
             with ThreadPoolExecutor() as pool:
-                found = list(pool.map(lambda i: dead_leaves(size, np.random.default_rng([SYNTHETIC_VAL_SEED, i])), range(n)))
+                found = list(pool.map(lambda rng: dead_leaves(size, rng), rngs))
         for path in self.val:
             if len(found) < n and (square := self.read(path, size, None)) is not None:
                 found.append(square)
         self.bad_held_out = len(self.bad)
         if not found:
-            stop(f"none of {len(self.val)} held-out images can be read, for example {': '.join(next(iter(self.bad.items())))}; "
-                 f"--val_dir= takes a folder of others")
+            stop(f"none of {len(self.val)} held-out images can be read, for example {self.a_bad_one()}; --val_dir= "
+                 f"takes a folder of others")
         return to_tensor(found)
+
+    def a_bad_one(self):
+        return ": ".join(next(iter(self.bad.items())))
 
 
 def to_tensor(squares):
@@ -143,7 +148,8 @@ def batches(images, size, n, color_augment, seed, workers, start=0, pin=False):
 # folders and files
 
 def find_images(folder):
-    """Sorted paths of the jpg, jpeg, png and webp files under `folder`, at any depth and in any case; of a pack, what they were."""
+    """Sorted paths of the jpg, jpeg, png and webp files under `folder`, at any depth, in any case; of a pack, what they
+    were."""
     if is_pack(folder):
         return sorted(Pack(folder).rows)
     if not os.path.isdir(folder):
@@ -161,7 +167,8 @@ def name_crc(path, folder):
 
 
 def square_crop(path, size, rng=None, open_image=Image.open):
-    """A file's square as [size,size,3] uint8, upright, on a background: random, from `size` pixels to the whole; the centre one for rng=None."""
+    """A file's square as [size,size,3] uint8, upright, on a background: a random one, from `size` pixels to the whole;
+    the centre one for rng=None."""
     with open_image(path) as image:
         width, height = image.size
         if min(width, height) < SMALLEST:
@@ -174,11 +181,14 @@ def square_crop(path, size, rng=None, open_image=Image.open):
         if rng is not None:
             side = int(rng.integers(min(size, short), short + 1))
             left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
-        image.draft(None, (math.ceil(width * size / side), math.ceil(height * size / side)))  # lets JPEG decode at 1/2, 1/4 or 1/8
+        # JPEG decodes at 1/2, 1/4 or 1/8 where that is enough
+        image.draft(None, (math.ceil(width * size / side), math.ceil(height * size / side)))
         image.load()
         across, down = image.width / width, image.height / height
-        box = left * across, top * down, min((left + side) * across, image.width), min((top + side) * down, image.height)
-        square = ImageOps.exif_transpose(eight_bits(image).resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3))
+        right, bottom = min((left + side) * across, image.width), min((top + side) * down, image.height)
+        square = eight_bits(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3,
+                                          box=(left * across, top * down, right, bottom))
+        square = ImageOps.exif_transpose(square)
     if square.mode == "RGBA":  # transparent art is trained on many backgrounds and evaluated on white
         color = (255,) * 3 if rng is None else tuple(int(c) for c in rng.integers(256, size=3))
         square = Image.alpha_composite(Image.new("RGBA", square.size, color), square)
@@ -213,140 +223,23 @@ def color_augmented(crop, rng):
 
 
 # -----------------------------------------------------------------------------
-# packs: a folder of three files. pixels.bin: every image, decoded and upright, one after the other; index.npy: a row each of
-# offset, height, width and channels (3, or 4 with transparency); names.json: their names below the folder they came from
+# python data.py
 
-def is_pack(folder):
-    return os.path.isfile(os.path.join(folder, "index.npy"))
-
-
-class Pack:
-    """A pack, mapped into memory: images are read from the disk when they are looked at."""
-    def __init__(self, folder):
-        try:
-            with open(os.path.join(folder, "names.json"), encoding="utf-8") as file:
-                self.rows = {os.path.join(folder, name): row for row, name in enumerate(json.load(file))}
-            self.index = np.load(os.path.join(folder, "index.npy"))
-            self.pixels = np.memmap(os.path.join(folder, "pixels.bin"), np.uint8, "r")
-            if len(self.pixels) != self.index[:, 1:].prod(1).sum():
-                raise ValueError(f"{len(self.pixels):,} bytes of pixels, {self.index[:, 1:].prod(1).sum():,} expected")
-        except (OSError, ValueError) as error:
-            stop(f"{folder}: not a whole pack ({error}); make it again by python data.py --data_dir=... --out={folder}")
-
-    def open(self, path):
-        offset, height, width, channels = self.index[self.rows[path]]
-        return Image.fromarray(self.pixels[offset:offset + height * width * channels].reshape(height, width, channels))
-
-
-def write_pack():
-    """Decode the images of data_dir once, upright, their longest side at most `longest` pixels; skip and name unreadable ones."""
-    paths, bad, rows, names, offset, started = find_images(data_dir), [], [], [], 0, time.time()
-
-    def decode(path):
-        try:
-            with Image.open(path) as image:
-                image.draft(None, (longest, longest))
-                image = ImageOps.exif_transpose(eight_bits(image))
-                image.thumbnail((longest, longest), Image.Resampling.BICUBIC, reducing_gap=3)
-                return np.asarray(image if image.mode == "RGBA" else image.convert("RGB"))
-        except Exception as error:  # Pillow raises a dozen kinds on broken files
-            bad.append(path)
-            print(f"skipped {path}: {error}", file=sys.stderr)
-
-    def write(aside):
-        nonlocal offset
-        os.makedirs(aside)
-        with open(os.path.join(aside, "pixels.bin"), "wb") as file, ThreadPoolExecutor(workers) as pool:
-            for start in range(0, len(paths), 256):
-                some = paths[start:start + 256]
-                for path, pixels in zip(some, pool.map(decode, some)):
-                    if pixels is not None:
-                        file.write(pixels.tobytes())
-                        rows.append((offset, *pixels.shape))
-                        names.append(os.path.relpath(path, data_dir).replace(os.sep, "/"))
-                        offset += pixels.size
-                done, seconds = start + len(some), time.time() - started
-                print(f"{done:,}/{len(paths):,} images  {offset / 2**20:,.0f} MB  {done / seconds:.0f} images/s  "
-                      f"{(len(paths) - done) * seconds / done / 60:.1f} min left", flush=True)
-        if len(bad) > len(paths) / 2:
-            stop(f"more than half of the image files cannot be read, for example {bad[0]}")
-        np.save(os.path.join(aside, "index.npy"), np.array(rows, np.int64))
-        with open(os.path.join(aside, "names.json"), "w", encoding="utf-8") as file:
-            json.dump(names, file)
-    save_file(out, write)
-    print(f"{out}: {len(names):,} images, {len(bad):,} skipped; train.py --data_dir={out}")
-
-
-def time_crops():
-    """Print how many random crops a second one thread makes."""
-    images, made, started = Images(data_dir), 0, time.time()
-    while time.time() < started + 5 or made < 8:
-        images.batch(size, 8, 0, [0, made])
-        made += 8
-    print(f"{data_dir or 'synthetic'}: {made / (time.time() - started):.1f} crops of {size} pixels a second, one thread")
-
-
-# -----------------------------------------------------------------------------
-# synthetic images
-
-def dead_leaves(size, rng):
-    """[size,size,3] uint8 picture of overlapping shapes with power-law sizes, which share the edge and scale statistics
-    of photographs (Lee, Mumford & Huang 2001). Each leaf has a colour gradient, stripes and noise of its own."""
-    n, canvas = 400, 2 * size  # drawn at twice the size, then halved: smooth edges
-    # radii with density ~ r^-3, the scale-invariant one; the smallest differs from picture to picture, as if one zoomed
-    low, high = (canvas / rng.uniform(8, 40)) ** -2.0, (canvas / 2) ** -2.0
-    radius = (high + rng.random(n) * (low - high)) ** -0.5
-    corners = rng.choice([3, 4, 4, 5, 6, 30, 30], n)  # 30: an ellipse
-    stretch, turn = rng.uniform(0.1, 1, n) ** 0.7, rng.uniform(0, 2 * np.pi, n)
-    center = rng.uniform(-0.1, 1.1, (n, 2)) * canvas
-    leaf = Image.new("I", (canvas, canvas))  # which leaf lies on top at each pixel
-    draw = ImageDraw.Draw(leaf)
-    for i in range(n):
-        angle = np.arange(corners[i]) * (2 * np.pi / corners[i])
-        ragged = 1 + 0.2 * rng.standard_normal(corners[i]) * (corners[i] < 30)
-        x, y = radius[i] * ragged * np.cos(angle), radius[i] * stretch[i] * ragged * np.sin(angle)
-        c, s = np.cos(turn[i]), np.sin(turn[i])
-        draw.polygon(np.stack([center[i, 0] + c * x - s * y, center[i, 1] + s * x + c * y], 1).ravel().tolist(), fill=i)
-    leaf = np.asarray(leaf)
-
-    # a scene has its own light and a palette of six colours; one leaf in ten is any colour at all
-    palette = rng.random((6, 1)) + rng.uniform(0, 0.35) * rng.standard_normal((6, 3))
-    base = palette[rng.integers(6, size=n)] + 0.1 * rng.standard_normal((n, 1)) + 0.04 * rng.standard_normal((n, 3))
-    base = np.where(rng.random((n, 1)) < 0.1, rng.random((n, 3)), base)
-    slope = rng.standard_normal((n, 2, 3)) * rng.uniform(0, 0.3, (n, 1, 1))  # change of colour across the picture
-    wavelength = np.exp(rng.uniform(np.log(6), np.log(canvas / 4), n))
-    direction, phase = rng.uniform(0, 2 * np.pi, (2, n))
-    wave = np.stack([np.cos(direction), np.sin(direction)], 1) * (2 * np.pi / wavelength)[:, None]
-    stripes = rng.uniform(0, 0.2, n) * (rng.random(n) < 0.3)
-    noise = rng.uniform(0, 0.2, n) ** 1.5
-
-    tables = [base - slope.sum(1) / 2, slope.reshape(n, 6), wave, phase[:, None], stripes[:, None], noise[:, None]]
-    pixel = np.concatenate(tables, 1).astype(np.float32)[leaf]  # [canvas,canvas,14]: every pixel looks up its leaf
-    y, x = np.mgrid[:canvas, :canvas].astype(np.float32)
-    texture = pixel[..., 12] * np.sin(pixel[..., 9] * x + pixel[..., 10] * y + pixel[..., 11])
-    texture += pixel[..., 13] * clouds(canvas, rng)
-    color = pixel[..., 0:3] + pixel[..., 3:6] * (x / canvas)[..., None] + pixel[..., 6:9] * (y / canvas)[..., None]
-    image = Image.fromarray((255 * np.clip(color + texture[..., None], 0, 1)).astype(np.uint8))
-    if rng.random() < 0.2:  # out of focus
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.015) * canvas))
-    return np.asarray(image.reduce(2))
-
-
-def clouds(size, rng):
-    """[size,size] noise with equal energy in every octave, unit standard deviation."""
-    total, cells = np.zeros((size, size), np.float32), 4
-    while cells <= size:
-        octave = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
-        total += np.asarray(octave.resize((size, size), Image.Resampling.BICUBIC))
-        cells *= 2
-    return total / total.std()
+def decode(path):
+    """A whole image as [H,W,3 or 4] uint8, upright, its longest side at most `longest` pixels; None if unreadable."""
+    try:
+        with Image.open(path) as image:
+            image.draft(None, (longest, longest))
+            image = ImageOps.exif_transpose(eight_bits(image))
+            image.thumbnail((longest, longest), Image.Resampling.BICUBIC, reducing_gap=3)
+            return np.asarray(image if image.mode == "RGBA" else image.convert("RGB"))
+    except Exception as error:  # Pillow raises a dozen kinds on broken files
+        print(f"skipped {path}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
     configure(globals())
-    require_positive(globals(), "longest", "size", "workers")
-    if out and not data_dir:
-        stop("--out needs --data_dir, the folder of images to pack")
-    if not out and not bench:
-        stop("nothing to do: --data_dir=folder --out=pack packs a folder, --bench times crops")
-    write_pack() if out else time_crops()
+    require_positive(globals(), "longest", "workers")
+    if not data_dir or not out:
+        stop("nothing to do: --data_dir=folder --out=pack writes the images of a folder, decoded, to a pack")
+    write_pack(out, data_dir, find_images(data_dir), decode, workers)

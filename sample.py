@@ -1,11 +1,11 @@
-"""Look at a run: rebuild teacher and student from `out_dir`, draw them side by side, and measure both.
+"""Look at a run, or at a teacher alone: draw originals, the teacher's round trip and the student's, and measure them.
 
     python sample.py --out_dir=out                     # on the run's held-out images
     python sample.py --out_dir=out --images=photo.jpg  # on a file or a folder of your own
     python sample.py --out_dir=out --compare=taesdxl_decoder.pth   # beside other weights, on the same latents
     python sample.py --out_dir=out --export            # weights for other programs
+    python sample.py --teacher=sdxl --images=photos    # a teacher alone: is its scale right?
 """
-import importlib.util
 import os
 import time
 
@@ -14,19 +14,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from configure import configure, pick_device, require_positive, stop
 from data import Images
-from model import (Decoder, Encoder, load_checkpoint, load_student, model_card, parameters, save_diffusers, save_file, save_onnx,
-                   save_taesd)
+from model import parameters
+from support.configure import configure, pick_device, require_positive, stop
+from support.files import export as export_weights
+from support.files import load_checkpoint, load_student, save_file, student
 from teacher import Teacher
 
 # -----------------------------------------------------------------------------
 # settings
-out_dir = "out"            # the run to look at
+out_dir = "out"            # the run to look at; the picture goes to samples/sample.png in it
 images = ""                # an image or a folder; '' = the run's held-out images
 count = 8                  # how many images, at most
 size = 256                 # images= are shown and measured as centre squares of this side in pixels
-compare = ""               # weights to set beside the run's: a taesd.py file, an AutoencoderTiny folder or hub id, another out_dir
+compare = ""               # weights to set beside the run's: a taesd.py file, an AutoencoderTiny, another out_dir
+teacher = ""               # instead of a run: look at a teacher alone, named as for train.py
 export = False             # instead: write the weights as taesd.py, diffusers and ONNX files to out_dir/export
 export_dtype = "float32"   # of the exported weights: float32 or float16
 device = "auto"            # auto, cuda, mps or cpu
@@ -98,10 +100,45 @@ def picture(rows, path):
     draw, top = ImageDraw.Draw(sheet), 0
     for label, strip in zip(rows, strips):
         draw.text((4, top + 2), label, fill=(255, 255, 255), font=font)
-        sheet.paste(Image.fromarray(np.round(strip.permute(1, 2, 0).numpy() * 255).astype(np.uint8)), (0, top + bar))
+        pixels = np.round(strip.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        sheet.paste(Image.fromarray(pixels), (0, top + bar))
         top += strip.shape[-2] + bar
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     save_file(path, lambda aside: sheet.save(aside, format="PNG"))
+
+
+# during training
+
+class HeldOut:
+    """Held-out images [N,3,H,W] in [0,1], their latents and the teacher's round trip: what a student is measured on."""
+    def __init__(self, images, vae, name):
+        self.real, self.name = images, name
+        self.latent = chunked(vae.encode, images)
+        self.round_trip = chunked(vae.decode, self.latent)
+        self.goal = measure(self.round_trip, images)
+
+    def draw(self, path, **rows):
+        rows = {"original": self.real, f"teacher: {self.name}": self.round_trip} | rows
+        picture({label: row[:8] for label, row in rows.items()}, path)
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # other shapes than in training, too few of them to compile for
+    def evaluate(self, encoder, decoder, raw_decoder, amp, path):
+        """{name: figure} of averaged weights, and a picture. Latent errors are in units of the latents' variance, 1."""
+        with amp:
+            latent = chunked(encoder, self.real)
+            from_teacher = chunked(decoder, self.latent).clamp(0, 1)
+            from_student = chunked(decoder, latent).clamp(0, 1)
+            raw = chunked(raw_decoder, self.latent).clamp(0, 1)
+        self.draw(path, **{"our decoder on the teacher's latents": from_teacher,
+                           "our encoder and decoder": from_student})
+        figures = {f"val_{name}": value for name, value in measure(from_teacher, self.real).items()}
+        figures["val_latent_mse"] = F.mse_loss(latent, self.latent).item()
+        (mean, std), (goal_mean, goal_std) = ((z.mean((0, 2, 3)), z.std((0, 2, 3))) for z in (latent, self.latent))
+        figures["val_latent_mean_error"] = ((mean - goal_mean).abs() / goal_std).max().item()  # of the worst channel
+        figures["val_latent_std_error"] = (std / goal_std - 1).abs().max().item()  # likewise
+        figures["val_psnr_raw"] = measure(raw, self.real)["psnr"]  # of the weights as they are, not averaged
+        return {name: round(value, 6) for name, value in figures.items()}
 
 
 # python sample.py
@@ -116,37 +153,32 @@ def milliseconds(decode, latents):
     return sorted(times[1:])[2]
 
 
-def write_exports(checkpoint):
-    """Write the run's averaged weights in every format that can hold them, in export_dtype (ONNX: float32), to out_dir/export."""
-    folder, ready, shape = os.path.join(out_dir, "export"), checkpoint["ready"], checkpoint["shape"]
-    os.makedirs(folder, exist_ok=True)
-    networks = student(checkpoint)
-    written = []
-    for half in ready:
-        written.append(f"taesd_{half}.pth")
-        save_taesd(os.path.join(folder, written[-1]), networks[half], getattr(torch, export_dtype))
-    if len(ready) == 2 and shape["variant"] == "plain":
-        written.append("diffusers")
-        save_diffusers(os.path.join(folder, "diffusers"), *networks.values(), getattr(torch, export_dtype), model_card(checkpoint))
-    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
-        for half in ready:
-            written.append(f"taesd_{half}.onnx")
-            save_onnx(os.path.join(folder, written[-1]), networks[half])
-    else:
-        print("no ONNX files: they need two more packages, pip install onnx onnxscript")
-    if shape["variant"] != "plain":
-        print(f"no diffusers folder: AutoencoderTiny cannot express the variant {shape['variant']}")
-    print(f"{folder}: wrote {', '.join(written)}")
+def load_students(checkpoint, vae, place):
+    """{label: {"encoder": network, "decoder": network}} of the run, and of the weights to compare."""
+    students = {"our": student(checkpoint)}
+    if compare:
+        other = load_student(compare, "--compare")
+        theirs = [other["shape"][name] for name in ("latent_channels", "factor")]
+        if theirs != [vae.latent_channels, vae.factor]:
+            stop(f"--compare={compare}: has {theirs[0]} channels at factor {theirs[1]}, the run's teacher "
+                 f"{vae.latent_channels} at {vae.factor}")
+        students[f"{os.path.basename(os.path.normpath(compare))[:18]}:"] = student(other)
+    for networks in students.values():
+        for network in networks.values():
+            network.to(place)
+    return students
 
 
-def student(checkpoint):
-    """{"encoder": network, "decoder": network} of what `load_student` gave; halves that it lacks are left out."""
-    networks = {}
-    for half, build in (("encoder", Encoder), ("decoder", Decoder)):
-        if half in checkpoint["ready"]:
-            networks[half] = build(**checkpoint["shape"])
-            networks[half].load_state_dict(checkpoint[f"ema_{half}"])
-    return networks
+def print_table(rows, real):
+    """rows: {label: (images, latent MSE or None, milliseconds, parameters)}."""
+    wide = max(24, *map(len, rows))
+    print(f"{'':{wide}} {'PSNR dB':>8} {'SSIM':>7} {'lowres MSE':>11} {'sharpness':>10} {'latent MSE':>11} "
+          f"{'decode ms':>10} {'parameters':>12}")
+    for label, (fake, latent_mse, decode_ms, n_parameters) in rows.items():
+        figures = measure(fake, real)
+        latent_mse = "" if latent_mse is None else f"{latent_mse:.4f}"
+        print(f"{label:{wide}} {figures['psnr']:8.2f} {figures['ssim']:7.4f} {figures['lowres_mse']:11.6f} "
+              f"{figures['sharpness']:10.3f} {latent_mse:>11} {decode_ms:10.1f} {n_parameters:12,}")
 
 
 @torch.no_grad()
@@ -155,56 +187,47 @@ def main():
     if export_dtype not in ("float32", "float16"):
         stop(f"--export_dtype={export_dtype}: must be float32 or float16")
     place = pick_device(device)
-    checkpoint = load_checkpoint(out_dir)
-    if export:
-        return write_exports(checkpoint)
-    teacher = Teacher(checkpoint["settings"]["teacher"], place)
-    students = {"our": student(checkpoint)}
-    if compare:
-        other = load_student(compare, "--compare")
-        if [other["shape"][name] for name in ("latent_channels", "factor")] != [teacher.latent_channels, teacher.factor]:
-            stop(f"--compare={compare}: has {other['shape']['latent_channels']} channels at factor {other['shape']['factor']}, the run's teacher "
-                 f"{teacher.latent_channels} at {teacher.factor}")
-        students[f"{os.path.basename(os.path.normpath(compare))[:18]}:"] = student(other)
-
-    if images:
-        if size < 16 or size % teacher.multiple:
-            stop(f"--size={size}: must be 16 or more and a multiple of {teacher.multiple} for this teacher")
+    checkpoint = None if teacher else load_checkpoint(out_dir)
+    if export and checkpoint:
+        return export_weights(checkpoint, os.path.join(out_dir, "export"), getattr(torch, export_dtype))
+    name = teacher or checkpoint["settings"]["teacher"]
+    vae = Teacher(name, place)
+    students = load_students(checkpoint, vae, place) if checkpoint else {}
+    if images or not checkpoint:
+        if size < 16 or size % vae.multiple:
+            stop(f"--size={size}: must be 16 or more and a multiple of {vae.multiple} for this teacher")
         real = Images("", images).held_out(count, size)
     else:
         real = checkpoint["held_out"][:count]
     real = real.to(place) / 255
 
-    latents = chunked(teacher.encode, real)
-    pictures = {"original": real, "teacher round trip": chunked(teacher.decode, latents)}
-    table = {"teacher round trip": (None, milliseconds(teacher.decode, latents), teacher.parameters)}
-    shown_latents = {"the teacher's latents (channels 1-3)": latent_colors(latents, real.shape[-1])}
-    for name, networks in students.items():
-        for network in networks.values():
-            network.to(place)
+    def row(decode, latents, n_parameters, latent_mse=None):
+        return chunked(decode, latents).clamp(0, 1), latent_mse, milliseconds(decode, latents), n_parameters
+
+    latents = chunked(vae.encode, real)
+    rows = {"teacher round trip": row(vae.decode, latents, vae.parameters)}
+    colors = {"the teacher's latents (channels 1-3)": latent_colors(latents, real.shape[-1])}
+    for label, networks in students.items():
         encoder, decoder = networks.get("encoder"), networks.get("decoder")
         if decoder:
-            pictures[f"{name} decoder"] = chunked(decoder, latents).clamp(0, 1)
-            table[f"{name} decoder"] = (None, milliseconds(decoder, latents), parameters(decoder))
+            rows[f"{label} decoder"] = row(decoder, latents, parameters(decoder))
         if encoder:
             theirs = chunked(encoder, real)
-            shown_latents[f"{name} latents"] = latent_colors(theirs, real.shape[-1])
+            colors[f"{label} latents"] = latent_colors(theirs, real.shape[-1])
         if encoder and decoder:
-            pictures[f"{name} encoder and decoder"] = chunked(decoder, theirs).clamp(0, 1)
-            table[f"{name} encoder and decoder"] = (F.mse_loss(theirs, latents).item(), milliseconds(decoder, theirs),
-                                                    parameters(encoder) + parameters(decoder))
+            rows[f"{label} encoder and decoder"] = row(decoder, theirs, parameters(encoder) + parameters(decoder),
+                                                       F.mse_loss(theirs, latents).item())
 
     path = os.path.join(out_dir, "samples", "sample.png")
-    picture(pictures | shown_latents, path)
-    print(f"{out_dir}: step {checkpoint['step']}, teacher {checkpoint['settings']['teacher']}, {len(real)} images "
-          f"({images or 'held out'}) of {real.shape[-1]}x{real.shape[-1]}, {place} float32\n")
-    wide = max(24, *map(len, table))
-    print(f"{'':{wide}} {'PSNR dB':>8} {'SSIM':>7} {'lowres MSE':>11} {'sharpness':>10} {'latent MSE':>11} {'decode ms':>10} {'parameters':>12}")
-    for row, (latent_mse, decode_ms, n_parameters) in table.items():
-        figures = measure(pictures[row], real)
-        latent_mse = "" if latent_mse is None else f"{latent_mse:.4f}"
-        print(f"{row:{wide}} {figures['psnr']:8.2f} {figures['ssim']:7.4f} {figures['lowres_mse']:11.6f} {figures['sharpness']:10.3f} "
-              f"{latent_mse:>11} {decode_ms:10.1f} {n_parameters:12,}")
+    picture({"original": real} | {label: row[0] for label, row in rows.items()} | colors, path)
+    print(f"{out_dir}: step {checkpoint['step']}, teacher {name}" if checkpoint else f"teacher {name}: {vae}", end="")
+    print(f"; {len(real)} images ({images or ('held out' if checkpoint else 'synthetic')}) of {real.shape[-1]}x"
+          f"{real.shape[-1]}, {place} {vae.dtype}\n".replace("torch.", ""))
+    if not checkpoint:
+        print("latents by channel; about 0 and 1 if the scale is right:")
+        for statistic in ("mean", "std"):
+            print(f"{statistic:5}" + " ".join(f"{v:6.2f}" for v in getattr(latents, statistic)((0, 2, 3)).tolist()))
+    print_table(rows, real)
     print(f"\nwrote {path}")
 
 

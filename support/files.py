@@ -1,0 +1,232 @@
+"""Weights on disk: taesd.py, diffusers and ONNX files of a student, and the checkpoints of a run. Nothing here trains.
+
+Files are written aside and renamed: each is complete or as it was before. Those that are read may be a stranger's.
+"""
+import importlib.util
+import os
+import re
+import shutil
+import sys
+
+import torch
+import torch.nn as nn
+
+from model import Clamp, Decoder, Encoder
+from support.configure import stop
+from support.hub import is_hub_id, load_autoencoder
+
+
+def save_file(path, write, keep=None):
+    """Call write(temporary path), then rename: a file is complete or as it was before. A folder is replaced whole. What
+    was there before is renamed to `keep`, if that is given."""
+    path = os.path.normpath(path)
+    aside = f"{path}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write(aside)
+    except Exception as error:  # a full disk, a read-only one: torch, Pillow and safetensors raise different types
+        shutil.rmtree(aside, ignore_errors=True)
+        if os.path.isfile(aside):
+            os.remove(aside)
+        stop(f"{path}: could not be written ({error}); what was there before is untouched. Free some space, then go on")
+    for root, _, names in os.walk(aside):  # safetensors writes files that only their owner may read
+        for name in names:
+            os.chmod(os.path.join(root, name), 0o644)
+    if keep and os.path.exists(path):
+        os.replace(path, keep)
+    shutil.rmtree(path, ignore_errors=True)  # only a folder: os.replace cannot do those
+    os.replace(aside, path)
+
+
+def load_file(path):
+    """torch.load onto the CPU; tensors and plain containers only, so a file from a stranger cannot run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        stop(f"{path}: no such file")
+    except Exception as error:  # a truncated archive, a pickle that wants to run code, a text file: many types
+        stop(f"{path}: not a readable weights file ({type(error).__name__}: {str(error).splitlines()[0]})")
+
+
+def checkpoint_paths(out_dir):
+    """Of the last checkpoint of a run and of the one before."""
+    return os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "ckpt_previous.pt")
+
+
+def load_checkpoint(out_dir, set_aside=False):
+    """Read the last checkpoint of a run, onto the CPU, or the one before where the last is missing or damaged. Stops
+    with one line if neither can be read or they are not train.py's. set_aside: rename a damaged one, so that the next
+    save does not keep it as the one before."""
+    path, previous = checkpoint_paths(out_dir)
+    if not any(map(os.path.isfile, (path, previous))):
+        stop(f"--out_dir={out_dir}: no such file as {path}, so there is no run here yet")
+    try:
+        checkpoint = load_file(path)
+    except SystemExit as error:
+        if not os.path.isfile(previous):
+            raise
+        if set_aside and os.path.exists(path):
+            os.replace(path, f"{path}.damaged")
+        print(f"{error}; going back to {previous}", file=sys.stderr)
+        checkpoint, path = load_file(previous), previous
+    if not isinstance(checkpoint, dict) or not {"settings", "shape", "ema_encoder", "ema_decoder"} <= checkpoint.keys():
+        stop(f"{path}: not a checkpoint of train.py")
+    return checkpoint
+
+
+def load_student(source, flag="--init_from"):
+    """The student of a run's out_dir, of taesd.py files (the path of one; its partner is taken where it lies beside
+    it), or of an AutoencoderTiny (a diffusers folder or a hub id).
+
+    Returns what `load_checkpoint` does, of others than runs only "shape", "ready" and the halves that there are.
+    """
+    if any(map(os.path.isfile, checkpoint_paths(source))):
+        return load_checkpoint(source)
+    halves = {}
+    if source.endswith(".pth"):
+        folder, name = os.path.split(source)
+        for half in ("encoder", "decoder"):
+            path = os.path.join(folder, re.sub("encoder|decoder", half, name))
+            if path == source or os.path.isfile(path):
+                halves[half] = load_taesd(path)
+    elif not os.path.isdir(source) and not is_hub_id(source) or os.path.isfile(source):
+        stop(f"{flag}={source}: no such weights; it takes a run's out_dir, a taesd.py .pth file, an AutoencoderTiny "
+             f"folder or a hub id owner/repo")
+    else:
+        vae = load_autoencoder(source, ("AutoencoderTiny",), torch.float32, f"{flag}={source}")
+        try:
+            widths = vae.config.encoder_block_out_channels
+            shape = dict(latent_channels=vae.config.latent_channels, factor=2 ** (len(widths) - 1), width=widths[0],
+                         variant="plain")
+            halves = {"encoder": (Encoder(**shape), shape), "decoder": (Decoder(**shape), shape)}
+            halves["encoder"][0].load_state_dict(vae.encoder.layers.state_dict())
+            nn.Sequential(*list(halves["decoder"][0])[1:]).load_state_dict(vae.decoder.layers.state_dict())
+        except Exception as error:
+            stop(f"{source}: not an AutoencoderTiny in TAESD's layout ({' '.join(str(error).split())[:300]})")
+    shapes = [shape for _, shape in halves.values()]
+    if shapes[0] != shapes[-1]:
+        stop(f"{source}: encoder and decoder differ: {shapes[0]} and {shapes[1]}")
+    weights = {f"ema_{half}": network.state_dict() for half, (network, _) in halves.items()}
+    return {"shape": shapes[0], "ready": list(halves)} | weights
+
+
+def student(checkpoint):
+    """{"encoder": network, "decoder": network} of what `load_student` gave; a half that it lacks is left out."""
+    networks = {}
+    for half, build in (("encoder", Encoder), ("decoder", Decoder)):
+        if half in checkpoint["ready"]:
+            networks[half] = build(**checkpoint["shape"])
+            networks[half].load_state_dict(checkpoint[f"ema_{half}"])
+    return networks
+
+
+def save_taesd(path, module, dtype=torch.float32):
+    """Write a plain state dict: the taesd.py format (taesd_encoder.pth, taesd_decoder.pth)."""
+    state = {key: value.detach().cpu().to(dtype).contiguous() for key, value in module.state_dict().items()}
+    save_file(path, lambda aside: torch.save(state, aside))
+
+
+def save_onnx(path, module):
+    """Write an ONNX file of a float32 encoder or decoder, for any batch size and sides. Needs onnx and onnxscript."""
+    decoder = isinstance(module[0], Clamp)
+    names, channels = (("latent", "image"), module[1].in_channels) if decoder else (("image", "latent"), 3)
+    cells = 16 if decoder else 16 * 2 ** sum(getattr(layer, "stride", 0) == (2, 2) for layer in module)
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    program = torch.onnx.export(module.eval(), (torch.zeros(2, channels, cells, cells + cells // 2),), dynamo=True,
+                                input_names=names[:1], output_names=names[1:], dynamic_shapes=(sizes,), verbose=False)
+    save_file(path, lambda aside: program.save(aside, external_data=False))
+
+
+def load_taesd(path):
+    """Read taesd_encoder.pth or taesd_decoder.pth (float32 or float16); the shapes inside tell which network it is.
+
+    Returns (network in float32, its arguments). Stops with one line if the file is anything else.
+    """
+    state = load_file(path)
+    try:
+        decoder = "0.weight" not in state  # index 0 of a decoder is the Clamp, which has no weights
+        first, last = state["1.weight" if decoder else "0.weight"], list(state.values())[-1]
+        width = [value for value in state.values() if value.ndim == 4][-1].shape[1]  # of the last convolution
+        f32 = first.shape[0] != width
+        # the convolutions that halve or double have no bias, except for two in the stem of the f32 encoder
+        halvings = sum(value.ndim == 4 and key.count(".") == 1 and key.replace("weight", "bias") not in state
+                       for key, value in state.items()) + 2 * (f32 and not decoder)
+        arguments = dict(
+            latent_channels=first.shape[1] if decoder else len(last), width=width, factor=2 ** halvings,
+            variant="f32" if f32 else "midblock_gn" if any(".pool." in key for key in state) else "plain")
+        network = (Decoder if decoder else Encoder)(**arguments)
+        network.load_state_dict(state)
+    except Exception as error:
+        stop(f"{path}: not an encoder or decoder in taesd.py's layout ({' '.join(str(error).split())[:300]})")
+    return network.float(), arguments
+
+
+def model_card(checkpoint):
+    """README.md, with the header of the Hugging Face hub, of a run's weights."""
+    settings, shape, figures = checkpoint["settings"], checkpoint["shape"], checkpoint["figures"]
+    losses = ", ".join(f"{name} {settings[name]:g}" for name in settings if name.endswith("_weight") and settings[name])
+    rows = "\n".join(f"| {name.removeprefix('val_')} | {value:.4g} |" for name, value in figures.items())
+    return f"""---
+library_name: diffusers
+tags: [taesd, tiny-autoencoder]
+---
+# Tiny autoencoder for {os.path.basename(settings["teacher"]) or settings["teacher"]}
+
+{shape["latent_channels"]} latent channels at factor {shape["factor"]}, width {shape["width"]}. Load with
+`diffusers.AutoencoderTiny.from_pretrained`; its latents are about N(0,1): those of the teacher after its own scaling.
+
+Trained for {checkpoint["step"]:,} steps ({checkpoint["images_seen"]:,} images) of {settings["crop"]} pixels, batch
+{settings["batch_size"]}, seed {settings["seed"]}, by {losses}.
+
+| held-out images, {settings["eval_size"]} pixels | |
+|---|---|
+{rows or "| not measured yet | |"}
+"""
+
+
+def save_diffusers(path, encoder, decoder, dtype=torch.float32, card=""):
+    """Write a `diffusers.AutoencoderTiny` folder.
+
+    Encoder key k becomes encoder.layers.k, decoder key i.k decoder.layers.(i-1).k: its Clamp is no layer there.
+    AutoencoderTiny takes and gives [-1,1] images and does that conversion itself; its latents are ours. It can express
+    the plain variant alone. `card` becomes the folder's README.md.
+    """
+    from diffusers import AutoencoderTiny
+    width, depth = encoder[0].out_channels, sum(isinstance(layer, nn.Upsample) for layer in decoder)
+    with torch.random.fork_rng(devices=[]):  # its weights start random: leave the run's random state alone
+        vae = AutoencoderTiny(
+            latent_channels=encoder[-1].out_channels,
+            encoder_block_out_channels=(width,) * (depth + 1), num_encoder_blocks=(1,) + (3,) * depth,
+            decoder_block_out_channels=(width,) * (depth + 1), num_decoder_blocks=(3,) * depth + (1,))
+    vae.encoder.layers.load_state_dict(encoder.state_dict())
+    vae.decoder.layers.load_state_dict(nn.Sequential(*list(decoder)[1:]).state_dict())  # all but the Clamp
+
+    def write(aside):
+        nn.Module.to(vae, dtype)  # the method of diffusers would warn
+        vae.save_pretrained(aside)
+        if card:
+            with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as file:
+                file.write(card)
+    save_file(path, write)
+
+
+def export(checkpoint, folder, dtype):
+    """Write a run's averaged weights in every format that can hold them, in dtype (ONNX: float32); print which."""
+    ready, plain = checkpoint["ready"], checkpoint["shape"]["variant"] == "plain"
+    os.makedirs(folder, exist_ok=True)
+    networks, written = student(checkpoint), []
+    for half in ready:
+        written.append(f"taesd_{half}.pth")
+        save_taesd(os.path.join(folder, written[-1]), networks[half], dtype)
+    if len(ready) == 2 and plain:
+        written.append("diffusers")
+        save_diffusers(os.path.join(folder, "diffusers"), *networks.values(), dtype, model_card(checkpoint))
+    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
+        for half in ready:
+            written.append(f"taesd_{half}.onnx")
+            save_onnx(os.path.join(folder, written[-1]), networks[half])
+    else:
+        print("no ONNX files: they need two more packages, pip install onnx onnxscript")
+    if not plain:
+        print(f"no diffusers folder: AutoencoderTiny cannot express the variant {checkpoint['shape']['variant']}")
+    print(f"{folder}: wrote {', '.join(written)}")

@@ -1,0 +1,162 @@
+"""Around train.py's loop: rules of settings, start and resume, saving.
+
+To change what is trained, or how, nothing here needs to be read. A setting without a rule needs no entry.
+"""
+import os
+from types import SimpleNamespace
+
+import torch
+
+from model import VARIANTS
+from recipes.terms import SCALINGS
+from support.configure import require_positive, stop
+from support.files import (checkpoint_paths, load_checkpoint, load_student, model_card, save_diffusers, save_file,
+                           save_taesd)
+from support.report import profile_from
+from teacher import NAMES
+
+# -----------------------------------------------------------------------------
+# settings
+
+def one_of(*choices):
+    return f"must be {', '.join(choices[:-1])} or {choices[-1]}"
+
+
+def check(settings, rules):
+    """rules: (name, whether it holds, what the rule is)."""
+    for name, holds, rule in rules:
+        if not holds:
+            stop(f"--{name}={settings[name]}: {rule}")
+
+
+def check_settings(settings):
+    """Stop with one line at a setting that makes no sense, before anything is loaded."""
+    require_positive(settings, "max_iters", "batch_size", "workers", "width", "log_interval", "eval_interval",
+                     "eval_images", "learning_rate", "discriminator_lr")
+    s = SimpleNamespace(**settings)
+    pixels = s.mse_weight + s.lowres_weight + s.l1_weight + s.frequency_weight + s.lpips_weight > 0
+    judged = s.train_encoder and s.train_decoder and s.adversarial_weight > 0 and s.latent_noise == 0
+    check(settings, [
+        ("echo", s.echo >= 1, "must be 1 or more"),
+        ("seed", s.seed < 2**32 - 1, "must be less than 2**32 - 1"),
+        ("color_augment", s.color_augment <= 1, "must be between 0 and 1"),
+        ("cooldown", s.cooldown <= 1, "must be between 0 and 1"),
+        ("replay_size", s.replay_size == 0 or s.replay_size >= s.batch_size,
+         f"must be 0 or at least the batch size, {s.batch_size}"),
+        ("optimizer", s.optimizer in ("muon", "adam", "adamw"), one_of("muon", "adam", "adamw")),
+        ("encoder_loss", s.encoder_loss in ("mse", "l1"), one_of("mse", "l1")),
+        ("adversarial_form", s.adversarial_form in ("squares", "hinge"), one_of("squares", "hinge")),
+        ("adversarial_scaling", s.adversarial_scaling in ("none", *SCALINGS), one_of("none", *SCALINGS)),
+        ("variant", s.variant in ("auto", *VARIANTS), one_of("auto", *VARIANTS)),
+        ("train_decoder", s.train_encoder or s.train_decoder, "nothing is left to train: train_encoder is false, too"),
+        ("adversarial_weight", s.adversarial_weight > 0 or pixels or not s.train_decoder,
+         "the decoder has no loss: all of its weights are 0"),
+        ("adversarial_start", s.adversarial_start == 0 or pixels or not s.train_decoder,
+         "until then the decoder has no loss: the weights of the pixels' are all 0; --mse_weight=1 is one"),
+        ("adversarial_scaling", s.adversarial_scaling != "adaptive" or pixels,
+         "adaptive needs a pixel loss to adapt to: all of their weights are 0"),
+        ("encoder_adversarial_weight", s.encoder_adversarial_weight == 0 or judged,
+         "needs train_encoder, train_decoder and adversarial_weight, and latent_noise=0; "
+         "--encoder_adversarial_weight=0 turns it off"),
+        ("profile", s.profile == 0 or s.profile + profile_from(s) <= s.max_iters,
+         f"begins {profile_from(s)} steps after the start; raise --max_iters"),
+    ])
+
+
+def check_fit(settings, vae):
+    """The rules that depend on the teacher."""
+    rule = f"must be 16 or more and a multiple of {vae.multiple} for this teacher"
+    check(settings, [
+        ("crop", settings["crop"] >= 16 and settings["crop"] % vae.multiple == 0, rule),
+        ("eval_size", settings["eval_size"] >= 16 and settings["eval_size"] % vae.multiple == 0, rule),
+        ("variant", settings["variant"] != "f32" or vae.factor == 32,
+         f"is for factor 32, the teacher's is {vae.factor}"),
+    ])
+
+
+# -----------------------------------------------------------------------------
+# start and resume
+
+class Progress(SimpleNamespace):
+    """Counters and lists that a checkpoint keeps, as attributes: add one where train.py makes it."""
+
+
+def open_run(settings, given):
+    """The checkpoint that init_from names, or None from scratch. `settings` take over what it brings, except what was
+    given."""
+    init_from, out_dir = settings["init_from"], settings["out_dir"]
+    checkpoint, brought = None, {}
+    if init_from == "resume":
+        checkpoint = load_checkpoint(out_dir, set_aside=True)
+        brought = {name: value for name, value in checkpoint["settings"].items()
+                   if name in settings and name not in ("out_dir", "init_from", "profile")}
+        for name in ("crop", "optimizer"):
+            if given.get(name) not in (None, brought.get(name)):
+                stop(f"--{name}={given[name]}: a resumed run keeps its {name}, {brought.get(name)}; to change it, "
+                     f"start a new run with --init_from={out_dir} and its own --out_dir")
+    elif any(map(os.path.exists, checkpoint_paths(out_dir))):
+        stop(f"--out_dir={out_dir}: holds a run already; --init_from=resume goes on with it, another --out_dir starts "
+             f"a new one")
+    elif init_from != "scratch":
+        checkpoint = load_student(init_from)
+        brought = {"learning_rate": 1e-4,  # what is learned already is lost in larger steps
+                   "width": checkpoint["shape"]["width"], "teacher": checkpoint.get("settings", settings)["teacher"]}
+    settings |= brought | given
+    for name in ("teacher", "data_dir", "val_dir"):  # so that sample.py and resume may be called from another folder
+        if settings[name] not in NAMES and os.path.exists(settings[name]):
+            settings[name] = os.path.abspath(settings[name])
+    return checkpoint
+
+
+def restore(checkpoint, parts, progress, settings, shape):
+    """Load into `parts` and `progress` what the checkpoint holds: all of a run's, or the weights that a new one starts
+    from. Stops with one line where it does not fit."""
+    init_from, out_dir = settings["init_from"], settings["out_dir"]
+    resume, source = init_from == "resume", f"--init_from={init_from}"
+    if checkpoint["shape"] != shape:
+        stop(f"{source}: its student is {checkpoint['shape']}, this run asks for {shape}")
+    if resume and (lacking := {*vars(progress), *parts, "rng", "cuda_rng"} - checkpoint.keys()):
+        stop(f"{source}: the checkpoint in {out_dir} is of another version, it lacks {', '.join(sorted(lacking))}; "
+             f"--init_from={out_dir} and a new --out_dir start from its weights")
+    averages = {"encoder": "ema_encoder", "decoder": "ema_decoder"}  # the better ones: a new run starts from them
+    for name, part in parts.items():
+        state = checkpoint.get(name if resume else averages.get(name, name))
+        if not state or not (resume or isinstance(part, torch.nn.Module)):
+            continue  # others' weights have no discriminator and may be half a student; a scaler that was off is empty
+        if name == "discriminator" and not resume and shapes_of(state) != shapes_of(part.state_dict()):
+            continue  # a fork with another D may start from our students, with a fresh D
+        try:
+            part.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            stop(f"{source}: its {name} does not fit: {error}")
+    if resume:
+        if checkpoint["step"] >= settings["max_iters"]:
+            stop(f"--max_iters={settings['max_iters']}: the run in {out_dir} has done {checkpoint['step']} steps; "
+                 f"raise --max_iters to go on")
+        vars(progress).update({name: checkpoint[name] for name in vars(progress)} | {"ready": progress.ready})
+        torch.set_rng_state(checkpoint["rng"])
+        if checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    elif set(progress.ready) <= set(checkpoint["ready"]):  # others' weights count as an average at its full length
+        progress.images_averaged = checkpoint.get("images_averaged", 10 * settings["ema_halflife"])
+    progress.ready = sorted({*progress.ready, *checkpoint["ready"]})
+
+
+def shapes_of(state):
+    return {name: weight.shape for name, weight in state.items()}
+
+
+def save_run(settings, shape, parts, progress, held_out):
+    """Everything that resume and sample.py need, then the averaged weights in the formats that others load."""
+    out_dir = settings["out_dir"]
+    state = {"settings": settings, "shape": shape, "held_out": (held_out * 255).round().byte()} | vars(progress)
+    state |= {name: part.state_dict() for name, part in parts.items()}
+    state |= {"rng": torch.get_rng_state(),
+              "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+    path, previous = checkpoint_paths(out_dir)
+    save_file(path, lambda aside: torch.save(state, aside), keep=previous)
+    for half in progress.ready:
+        save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), parts[f"ema_{half}"])
+    if len(progress.ready) == 2 and shape["variant"] == "plain":  # AutoencoderTiny can express no other
+        save_diffusers(os.path.join(out_dir, "diffusers"), parts["ema_encoder"], parts["ema_decoder"],
+                       card=model_card(state))
