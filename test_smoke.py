@@ -62,10 +62,15 @@ def records(out_dir):
     return [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
 
 
-@functools.cache  # one for this file and those in tests/
-def trained_once():
+def temporary_folder():
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache  # one for this file and those in tests/
+def trained_once():
+    folder = temporary_folder()
     pictures, out = folder / "pictures", folder / "run" / "out"
     (pictures / "deeper").mkdir(parents=True)
     for i in range(24):
@@ -85,9 +90,7 @@ def tiny_run():
 
 @functools.cache
 def stepped_once():
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    seen, forward = [], model.Discriminator.forward
+    folder, seen, forward = temporary_folder(), [], model.Discriminator.forward
 
     def recorded(self, image, latent):
         seen.append((image.detach().clone(), latent.detach().clone()))
@@ -223,6 +226,7 @@ def test_ramp(stepped, monkeypatch):
     monkeypatch.setattr(stepped.after, "max_iters", 100), monkeypatch.setattr(stepped.after, "cooldown", 0.2)
     assert [stepped.after.ramp(step) for step in (0, 50, 80, 90, 99)] == pytest.approx([1, 1, 1, 0.5, 0.05])
 
+
 # the commands
 
 def test_training_learns_and_leaves_everything(tiny_run):
@@ -253,7 +257,7 @@ def test_exports_give_the_same_pixels(tiny_run):
 
 
 def test_resume_continues_as_if_never_stopped(tmp_path):
-    flags = *TINY, "--crop=16", "--window=32", "--eval_interval=35", "--cooldown=0"  # a share of max_iters, which differs
+    flags = *TINY, "--crop=16", "--window=32", "--eval_interval=35", "--cooldown=0"  # its length would differ
     train(*flags, "--max_iters=70", f"--out_dir={tmp_path / 'whole'}")
     train(*flags, "--max_iters=3", f"--out_dir={tmp_path / 'parts'}")
     for step in (35, 67, 70):  # right after an evaluation, and between two; the rest comes from the checkpoint
