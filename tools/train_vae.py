@@ -1,0 +1,125 @@
+"""Train a small AutoencoderKL of any factor (L1 + a small KL term) and measure its scaling factor: a teacher to be.
+
+    python -m tools.train_vae --out_dir=assets/toy_vae       # the `toy` teacher, 25 minutes on two cores
+    python -m tools.train_vae --factor=16 --latent_channels=16 --data_dir=photos --out_dir=f16
+    python train.py --teacher=f16
+"""
+import os
+import time
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+from data import Images, batches
+from sample import picture, psnr
+from support.configure import configure, pick_device, pick_dtype, require_positive, stop
+from support.files import save_file
+from teacher import Teacher
+
+# -----------------------------------------------------------------------------
+# settings
+out_dir = "vae"            # the VAE goes here: a diffusers folder, ready for train.py --teacher=
+data_dir = ""              # folder of images, searched recursively; '' = synthetic
+val_dir = ""               # folder of held-out images; '' = 5% of data_dir
+factor = 8                 # pixels per latent along each side: 4, 8, 16, 32
+latent_channels = 4        # channels of the latent
+vae_width = 32             # channels of every layer, a multiple of 8
+crop = 64                  # training crop in pixels, a multiple of the factor
+batch_size = 16            # crops a step
+max_iters = 3000           # steps
+learning_rate = 2e-3       # peak of AdamW's, after 5% of the steps; then it falls to 0 as a cosine
+kl_weight = 3e-4           # of the KL divergence per latent element, next to L1 per colour value
+seed = 0                   # of the weights and of the crops
+device = "auto"            # auto, cuda, mps or cpu
+workers = 2                # threads that make crops
+# -----------------------------------------------------------------------------
+
+
+def initialize(vae):
+    """Residual blocks start as the identity, convolutions keep the variance, the posterior starts with little noise.
+
+    With torch's own initialisation, pictures stay grey for thousands of steps.
+    """
+    for layer in vae.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+            torch.nn.init.zeros_(layer.bias)
+    for block in vae.modules():
+        if type(block).__name__ == "ResnetBlock2D":
+            torch.nn.init.zeros_(block.conv2.weight)
+    torch.nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels:], -6)
+
+
+def check_settings(settings):
+    require_positive(settings, "latent_channels", "batch_size", "max_iters", "workers", "learning_rate")
+    if os.path.isdir(out_dir) and os.listdir(out_dir):
+        stop(f"--out_dir={out_dir}: holds files already; choose a new folder")
+    if factor < 2 or factor & (factor - 1):
+        stop(f"--factor={factor}: must be a power of two, 2 or more")
+    if crop % factor or crop < 16:
+        stop(f"--crop={crop}: must be 16 or more and a multiple of the factor, {factor}")
+    if vae_width % 8 or vae_width < 8:
+        stop(f"--vae_width={vae_width}: must be a multiple of 8")
+
+
+def train(vae, images, place):
+    amp = torch.autocast(place.type, torch.bfloat16, enabled=pick_dtype("auto", place) == torch.bfloat16)
+    optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max_iters, pct_start=0.05,
+                                                   cycle_momentum=False)
+    loader, start = batches(images, crop, batch_size, 0.07, seed, workers), time.time()
+    for step in range(max_iters):
+        real = next(loader).to(place) / 127.5 - 1
+        with amp:
+            posterior = vae.encode(real).latent_dist
+            fake = vae.decode(posterior.sample()).sample.float()
+        # L1 of the pixels and of 8x8 patches: the second is for the colours, which pixels alone learn late
+        l1 = F.l1_loss(fake, real) + F.l1_loss(F.avg_pool2d(fake, 8), F.avg_pool2d(real, 8))
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        (l1 + kl_weight * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            rate = (step + 1) / (time.time() - start)
+            print(f"step {step}/{max_iters}  l1 {l1.item():.4f}  kl {kl.item():.2f}  {rate * batch_size:.0f} images/s  "
+                  f"{(max_iters - step) / rate / 60:.1f} min left", flush=True)
+        if step % 500 == 0:
+            rows = {"original": real[:8] / 2 + 0.5, f"round trip, step {step}": fake[:8] / 2 + 0.5}
+            picture(rows, os.path.normpath(out_dir) + ".png")
+    loader.close()
+
+
+def main():
+    check_settings(globals())
+    place, depth = pick_device(device), factor.bit_length()  # factor 8: four stages, three halvings
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * depth, up_block_types=("UpDecoderBlock2D",) * depth,
+        block_out_channels=(vae_width,) * depth, norm_num_groups=8, latent_channels=latent_channels,
+        mid_block_add_attention=False, force_upcast=False).to(place)
+    initialize(vae)
+    images = Images(data_dir, val_dir)
+    train(vae, images, place)
+
+    vae.eval().requires_grad_(False)
+    latents = vae.encode(images.held_out(64, crop).to(place) / 127.5 - 1).latent_dist.mode()
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    torch.nn.Module.to(vae, torch.float16)  # half the size; the method of diffusers would warn
+    save_file(out_dir, vae.save_pretrained)
+
+    teacher = Teacher(out_dir, place)
+    held_out = images.held_out(8, 256).to(place) / 255
+    latents = teacher.encode(held_out)
+    round_trip = teacher.decode(latents)
+    picture({"original": held_out, "round trip": round_trip}, os.path.normpath(out_dir) + ".png")
+    print(f"---\nout_dir: {out_dir}\nscaling_factor: {vae.config.scaling_factor}\nparameters: {teacher.parameters}\n"
+          f"latent_mean: {latents.mean((0, 2, 3)).tolist()}\nlatent_std: {latents.std((0, 2, 3)).tolist()}\n"
+          f"val_psnr: {psnr(round_trip, held_out).mean():.2f}")
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
