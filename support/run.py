@@ -34,7 +34,8 @@ def check_settings(settings):
     require_positive(settings, "max_iters", "batch_size", "workers", "width", "log_interval", "eval_interval",
                      "eval_images", "learning_rate", "discriminator_lr")
     s = SimpleNamespace(**settings)
-    pixels = s.mse_weight + s.lowres_weight + s.l1_weight + s.frequency_weight + s.lpips_weight > 0
+    pixels = any(value for name, value in settings.items()
+                 if name.endswith("_weight") and not name.startswith(("adversarial", "encoder")))
     judged = s.train_encoder and s.train_decoder and s.adversarial_weight > 0 and s.latent_noise == 0
     check(settings, [
         ("echo", s.echo >= 1, "must be 1 or more"),
