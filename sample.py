@@ -110,12 +110,12 @@ def picture(rows, path):
 # during training
 
 class HeldOut:
-    """Held-out images [N,3,H,W] in [0,1], their latents and the teacher's round trip: what a student is measured on."""
+    """What a student is measured on: images, [N,3,H,W] uint8, their latents and the teacher's round trip."""
     def __init__(self, images, vae, name):
-        self.real, self.name = images, name
-        self.latent = chunked(vae.encode, images)
+        self.real, self.name = images.to(vae.device, memory_format=torch.channels_last) / 255, name
+        self.latent = chunked(vae.encode, self.real)
         self.round_trip = chunked(vae.decode, self.latent)
-        self.goal = measure(self.round_trip, images)
+        self.goal = measure(self.round_trip, self.real)
 
     def draw(self, path, **rows):
         rows = {"original": self.real, f"teacher: {self.name}": self.round_trip} | rows

@@ -9,7 +9,7 @@ r"""Train a tiny autoencoder (TAESD) that speaks the latent language of a big VA
               |          |
             latent ------|---> decoder --> fake          decoder loss: fake is near x, and cannot be told from it
               |          |        |
-        discriminator(x or fake | latent)                + replay buffer of old fakes
+      D, the discriminator(x or fake | latent)           + replay buffer of old fakes
 
 The encoder copies the teacher's latents. The decoder is a conditional GAN on real images: it may invent detail, but not
 shift colour. The method is that of the TAESD author, from github.com/madebyollin/taesd, issues 2 and 11, and seraena.
@@ -17,7 +17,8 @@ shift colour. The method is that of the TAESD author, from github.com/madebyolli
 import signal
 import time
 
-started = time.time()  # before the imports that take seconds
+# before the imports that take seconds
+started = time.time()
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop runs, Ctrl-C leaves at once
 
 import copy
@@ -29,15 +30,15 @@ import torch.nn.functional as F
 
 from data import Images, batches
 from model import Decoder, Discriminator, Encoder, convolutions, optimizer_of
-from recipes import terms as published
+from recipes import published
 from sample import HeldOut
 from support.configure import configure, pick_compile, pick_device, pick_dtype
 from support.report import Interrupt, Report, explain_out_of_memory, introduce
-from support.run import Progress, check_fit, check_settings, open_run, restore, save_run
+from support.run import Progress, check_fit, check_losses, check_settings, open_run, restore, save_run
 from teacher import Teacher
 
 # -----------------------------------------------------------------------------
-# the settings: a line here, `name = default  # help`, is a flag, --name=value, and a line that a recipe may have
+# the settings: `name = default  # help` is a flag, --name=value, and may stand in a recipe. All three parts are needed
 # run
 out_dir = "out"              # checkpoint, exports, pictures and log.jsonl go here
 init_from = "scratch"        # scratch; resume (out_dir); or weights: another run, a taesd.py file, an AutoencoderTiny
@@ -47,7 +48,7 @@ seed = 0                     # of weights, crops and replay
 data_dir = ""                # folder of images, searched recursively; '' = synthetic dead leaves, to try things out
 val_dir = ""                 # folder of held-out images; '' = 5% of data_dir, chosen by file name
 crop = 96                    # training crop in pixels, a multiple of the teacher's factor; finish a long run at 256
-window = 256                 # crops are cut from squares of about this side, which the teacher encodes whole; 0 = no
+window = 256                 # crops are cut from squares of at most this side, which the teacher encodes whole; 0 = no
 batch_size = 16              # crops a step
 color_augment = 0.07         # share of windows with randomly mixed colour channels; 0 = off
 echo = 2.0                   # times that a crop and its teacher latent are used, on average
@@ -67,7 +68,7 @@ encoder_loss = "mse"         # of the student's latents: mse or l1
 latent_noise = 0.0           # up to so much noise on the decoder's latents, so that it also decodes unfinished ones
 # losses of published recipes
 encoder_adversarial_weight = 0.0  # D also judges pairs of real image and student's latent (TAESD 1.2)
-adversarial_form = "squares" # squares (least squares, relativistic) or hinge
+adversarial_form = "squares" # squares (least squares, relativistic; below) or hinge
 adversarial_scaling = "none" # of its gradient: none; unit (seraena); adaptive (to the pixel losses', CompVis)
 adversarial_start = 0        # steps before D begins; until then the decoder learns from the pixel losses alone
 l1_weight = 0.0              # L1 of the pixels
@@ -88,18 +89,23 @@ eval_size = 256              # held-out images are centre squares of this side i
 device = "auto"              # auto, cuda, mps or cpu
 dtype = "auto"               # auto, float32, bfloat16 or float16: of teacher and autocast; weights stay float32
 compile = "auto"             # torch.compile: auto (on a GPU), true or false
-profile = 0                  # steps to record, once warm, as out_dir/trace.json for perfetto; 0 = off
+profile = 0                  # steps to record as out_dir/trace.json for perfetto, some 74 after the start; 0 = off
 # -----------------------------------------------------------------------------
 settings, given = configure(globals())  # all of them; those that a file or a flag names
 checkpoint = open_run(settings, given)  # None from scratch; `settings` take over what it brings, but for what was given
 check_settings(settings)
 globals().update(settings)
-# `settings` keeps what was asked for; from here on the globals hold what "auto" becomes on this machine
+# `settings` stay what was asked for; from here on these globals hold what "auto" becomes on this machine
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 compile = pick_compile(compile, device)
 machine = {"device": device, "dtype": dtype, "compile": compile}
 explain_out_of_memory(settings)
+progress = Progress(  # what a checkpoint keeps beside weights and memories
+    step=0, images_seen=0, images_averaged=0, batches_read=0,
+    due=0.0,     # crops that the pool still wants
+    figures={},  # of the last evaluation
+    ready=[half for half in ("encoder", "decoder") if settings[f"train_{half}"]])  # to be exported: the other is noise
 
 # -----------------------------------------------------------------------------
 # images, teacher, student, discriminator
@@ -113,23 +119,23 @@ torch.manual_seed(seed)
 torch.backends.cudnn.benchmark = True  # crops have one size
 shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": width, "variant": variant}
 encoder, decoder, discriminator = Encoder(**shape), Decoder(**shape), Discriminator(vae.latent_channels)
+encoder.requires_grad_(train_encoder)
+decoder.requires_grad_(train_decoder)
 ema_encoder, ema_decoder = copy.deepcopy(encoder), copy.deepcopy(decoder)  # averaged over the steps: these are exported
 networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator,
             "ema_encoder": ema_encoder, "ema_decoder": ema_decoder}
 for network in networks.values():
     network.to(device, memory_format=torch.channels_last)
-encoder.requires_grad_(train_encoder)
-decoder.requires_grad_(train_decoder)
 
-# Muon for the weights of hidden layers: all convolutions but the first and the last (in D: the 1x1s); Adam for others
+# Muon for the weights of hidden layers: all convolutions but the first and the last, or D's 1x1, which give its scores
 if optimizer == "adamw":
     adam = discriminator_adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99))
 else:
     adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.9), amsgrad=True)  # taesd issue 11
     discriminator_adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.99))
-hidden = (convolutions(encoder)[1:-1] + convolutions(decoder)[1:-1]) * (optimizer == "muon")
+hidden = convolutions(encoder)[1:-1] + convolutions(decoder)[1:-1] if optimizer == "muon" else []
 student_optimizer = optimizer_of([*encoder.parameters(), *decoder.parameters()], hidden, adam, dtype)
-hidden = [weight for weight in convolutions(discriminator)[1:] if weight.shape[-1] > 1] * (optimizer == "muon")
+hidden = [weight for weight in convolutions(discriminator)[1:] if weight.shape[-1] > 1 and optimizer == "muon"]
 discriminator_optimizer = optimizer_of([*discriminator.parameters()], hidden, discriminator_adam, dtype)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -153,7 +159,7 @@ def descend(optimizer, loss, lr):
 # the losses
 
 def discriminator_loss(real_scores, fake_scores):
-    """What D minimises: scores of real images are +1, of fakes -1."""
+    """What D minimises: scores of real images are +1, of fakes -1. Half of the fakes are old, of other images."""
     return (real_scores - 1).square().mean() + (fake_scores + 1).square().mean()
 
 
@@ -162,8 +168,8 @@ def adversarial_loss(real_scores, fake_scores):
     return (fake_scores - real_scores).square().mean()
 
 
-if adversarial_form == "hinge":
-    discriminator_loss, adversarial_loss = published.hinge_discriminator_loss, published.hinge_adversarial_loss
+if adversarial_form != "squares":
+    discriminator_loss, adversarial_loss = published.FORMS[adversarial_form]
 
 
 def lowres_mse(fake, real):
@@ -178,6 +184,7 @@ pixel_losses = {  # name: (weight, distance of fake and real)
     "frequency": (frequency_weight, published.frequency_l1),
     "lpips": (lpips_weight, published.lpips(device) if lpips_weight > 0 and train_decoder else None),
 }
+check_losses(settings, pixel_losses)
 
 
 def judge(*pairs):
@@ -240,7 +247,7 @@ def cut(squares, n):
 
 
 def get_batch():
-    """Real images and the teacher's latents of them, from the pool, which takes in twice as many until it is full."""
+    """Real images and the teacher's latents, from the pool, which takes in two batches a step until it is full."""
     progress.due += batch_size / echo if pool.full else 2 * batch_size
     while progress.due > 0:
         waiting = time.time()
@@ -260,26 +267,21 @@ def half_old(fakes, latents):
     replay.push(fakes, latents)
     n = len(fakes) // 2
     old_fakes, old_latents = replay.draw(n)
-    return torch.cat([old_fakes, fakes[n:]]), torch.cat([old_latents, latents[n:]])  # new ones beside their real images
+    return torch.cat([old_fakes, fakes[n:]]), torch.cat([old_latents, latents[n:]])
 
 
 # -----------------------------------------------------------------------------
 # start, or go on
-progress = Progress(step=0, images_seen=0, images_averaged=0, batches_read=0,
-                    due=0.0,     # crops that the pool still wants
-                    figures={},  # of the last evaluation
-                    ready=[half for half in ("encoder", "decoder") if settings[f"train_{half}"]])  # others are noise
 parts = networks | {"student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer,
                     "scaler": scaler, "pool": pool, "replay": replay}
 if checkpoint:
-    restore(checkpoint, parts, progress, settings, shape)  # all of it, or the weights alone
+    restore(checkpoint, parts, progress, settings, shape)  # all of it, or the weights alone, D's too if they fit
     del checkpoint  # frees its memory
 
 introduce(settings, images, vae, networks, machine)
-held_out = images.held_out(eval_images, eval_size).to(device, memory_format=torch.channels_last) / 255
-held_out = HeldOut(held_out, vae, teacher)
+held_out = HeldOut(images.held_out(eval_images, eval_size), vae, teacher)
 vae.drop_decoder()
-images.batch(across * crop, 1, 0, [seed, 0])  # a folder of broken files ends here, and leaves nothing behind
+images.batch(across * crop, 1, 0, [seed, 0])  # of broken files alone? Then stop before anything is written
 report = Report(settings, progress, held_out, machine, started)
 
 
@@ -297,8 +299,8 @@ if compile:  # when first called, each for its one shape; `.forward`: Module.com
 if init_from not in ("scratch", "resume"):
     evaluate()  # how good are the weights that it starts from?
     save_run(settings, shape, parts, progress, held_out.real)
-trained = [*encoder.parameters()] * train_encoder + [*decoder.parameters()] * train_decoder
-averages = [*ema_encoder.parameters()] * train_encoder + [*ema_decoder.parameters()] * train_decoder
+trained = [weight for half in (encoder, decoder) for weight in half.parameters() if weight.requires_grad]
+averages = [weight for half in (ema_encoder, ema_decoder) for weight in half.parameters() if weight.requires_grad]
 loader = batches(images, across * crop, windows, color_augment, seed, workers, start=progress.batches_read,
                  pin=device.type == "cuda")
 stopping = Interrupt()  # true after Ctrl-C
@@ -307,7 +309,7 @@ stopping = Interrupt()  # true after Ctrl-C
 # the loop
 while True:
     real, latent = get_batch()
-    terms, loss = {}, 0.0  # every term is reported by its name; their weighted sum is what the student minimises
+    terms, loss = {}, 0.0  # the terms are reported by their names; the loss is what the student minimises
 
     # encoder: copies the teacher's latents
     if train_encoder:
@@ -335,26 +337,26 @@ while True:
         terms["discriminator"] = sum(discriminator_loss(real_scores, fake_scores) for fake_scores in scores)
         descend(discriminator_optimizer, terms["discriminator"], discriminator_lr)
 
-        # decoder, once more: its fakes cannot be told from the real images
+        # decoder: its fakes cannot be told from the real images by the D that has just learned
         discriminator.requires_grad_(False)
-        fakes = [(fake, latent)] + [(real, encoded)] * (encoder_adversarial_weight > 0)
-        real_scores, fake_scores, *encoded_scores = judge((real, latent), *fakes)
+        real_scores, fake_scores = judge((real, latent), (fake, latent))
         pull = terms["adversarial"] = adversarial_loss(real_scores, fake_scores)
         if adversarial_scaling != "none":
             pull = published.SCALINGS[adversarial_scaling](pull, fake, loss, decoder[-1].weight, scaler)
         loss = loss + adversarial_weight * pull
         if encoder_adversarial_weight > 0:
-            terms["encoder_adversarial"] = adversarial_loss(real_scores, *encoded_scores)
+            terms["encoder_adversarial"] = adversarial_loss(real_scores, *judge((real, encoded)))
             loss = loss + encoder_adversarial_weight * terms["encoder_adversarial"]
         discriminator.requires_grad_(True)
 
     # step
     descend(student_optimizer, loss, learning_rate)
     scaler.update()
-    progress.step, progress.images_seen = progress.step + 1, progress.images_seen + batch_size
+    progress.step += 1
+    progress.images_seen += batch_size
+    progress.images_averaged += batch_size
 
     # average the weights over images; early on over the last tenth of them, so that the first noise is soon forgotten
-    progress.images_averaged += batch_size
     halflife = min(ema_halflife, 0.1 * progress.images_averaged)
     with torch.no_grad():
         torch._foreach_lerp_(averages, trained, 1 - 0.5 ** (batch_size / max(halflife, 1e-9)))

@@ -1,1 +1,1 @@
-"""Files of settings for train.py, and terms.py, the losses that only published recipes use."""
+"""Files of settings for train.py, and published.py, the losses that only some of them use."""

@@ -6,6 +6,7 @@ The type of a setting is the type of its default; its line in --help is its comm
 import argparse
 import difflib
 import importlib.util
+import os
 import re
 import sys
 
@@ -44,7 +45,7 @@ def configure(settings, arguments=None):
     A wrong name, type or form stops with one line that says what would do.
     """
     with open(settings["__file__"], encoding="utf-8") as file:
-        source = file.read().split("configure(globals())")[0]
+        source = file.read().split("configure(globals())")[0].split("# ---", 1)[-1]  # from the first rule to the call
     comments = dict(re.findall(r"^([a-z]\w*) *= .*?# *(.+)$", source, re.MULTILINE))
     names = [name for name in comments if type(settings.get(name)) in TYPES]
     parser = Parser(usage="python %(prog)s [settings.py ...] [--name=value ...]", description=settings.get("__doc__"),
@@ -61,7 +62,10 @@ def configure(settings, arguments=None):
             unknown(f"--{argument[2:].split('=')[0]}", names)
         if not argument.endswith(".py"):
             stop(f"{argument!r} is not a setting: settings are written --name=value, files of settings end in .py")
-        for name, value in read_settings(argument).items():
+        values = read_settings(argument)
+        if not values.keys() & set(names):
+            stop(f"{argument}: holds no settings; those in recipes/ show how they are written")
+        for name, value in values.items():
             if name in names:
                 given[name] = converted(f"{argument}: {name} = {value!r}", str(value), settings[name])
             elif type(value) in TYPES:  # not what the file imports or defines
@@ -87,6 +91,8 @@ def converted(written, text, default):
 def read_settings(path):
     """{name: value} of a Python file of settings, such as those in recipes/. It is run: read a stranger's first."""
     values = {}
+    if not os.path.isfile(path):
+        stop(f"{path}: no such file of settings")
     try:
         with open(path, encoding="utf-8") as file:
             exec(compile(file.read(), path, "exec"), values)
@@ -97,7 +103,8 @@ def read_settings(path):
 
 def unknown(name, names):
     near = difflib.get_close_matches(re.split("--|: ", name)[-1], names, n=1, cutoff=0)
-    stop(f"unknown setting {name}: did you mean {near[0]}? --help lists every setting")
+    helper = "" if name.startswith("--") else "; a helper's name begins with _"
+    stop(f"unknown setting {name}: did you mean {near[0]}? --help lists every setting{helper}")
 
 
 def require_positive(settings, *names):

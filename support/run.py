@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from model import VARIANTS
-from recipes.terms import SCALINGS
+from recipes.published import FORMS, SCALINGS
 from support.configure import require_positive, stop
 from support.files import (checkpoint_paths, load_checkpoint, load_student, model_card, save_diffusers, save_file,
                            save_taesd)
@@ -34,8 +34,6 @@ def check_settings(settings):
     require_positive(settings, "max_iters", "batch_size", "workers", "width", "log_interval", "eval_interval",
                      "eval_images", "learning_rate", "discriminator_lr")
     s = SimpleNamespace(**settings)
-    pixels = any(value for name, value in settings.items()
-                 if name.endswith("_weight") and not name.startswith(("adversarial", "encoder")))
     judged = s.train_encoder and s.train_decoder and s.adversarial_weight > 0 and s.latent_noise == 0
     check(settings, [
         ("echo", s.echo >= 1, "must be 1 or more"),
@@ -46,21 +44,28 @@ def check_settings(settings):
          f"must be 0 or at least the batch size, {s.batch_size}"),
         ("optimizer", s.optimizer in ("muon", "adam", "adamw"), one_of("muon", "adam", "adamw")),
         ("encoder_loss", s.encoder_loss in ("mse", "l1"), one_of("mse", "l1")),
-        ("adversarial_form", s.adversarial_form in ("squares", "hinge"), one_of("squares", "hinge")),
+        ("adversarial_form", s.adversarial_form in ("squares", *FORMS), one_of("squares", *FORMS)),
         ("adversarial_scaling", s.adversarial_scaling in ("none", *SCALINGS), one_of("none", *SCALINGS)),
         ("variant", s.variant in ("auto", *VARIANTS), one_of("auto", *VARIANTS)),
         ("train_decoder", s.train_encoder or s.train_decoder, "nothing is left to train: train_encoder is false, too"),
-        ("adversarial_weight", s.adversarial_weight > 0 or pixels or not s.train_decoder,
-         "the decoder has no loss: all of its weights are 0"),
-        ("adversarial_start", s.adversarial_start == 0 or pixels or not s.train_decoder,
-         "until then the decoder has no loss: the weights of the pixels' are all 0; --mse_weight=1 is one"),
-        ("adversarial_scaling", s.adversarial_scaling != "adaptive" or pixels,
-         "adaptive needs a pixel loss to adapt to: all of their weights are 0"),
         ("encoder_adversarial_weight", s.encoder_adversarial_weight == 0 or judged,
          "needs train_encoder, train_decoder and adversarial_weight, and latent_noise=0; "
          "--encoder_adversarial_weight=0 turns it off"),
         ("profile", s.profile == 0 or s.profile + profile_from(s) <= s.max_iters,
          f"begins {profile_from(s)} steps after the start; raise --max_iters"),
+    ])
+
+
+def check_losses(settings, pixel_losses):
+    """The rules that depend on which pixel losses there are, {name: (weight, function)}."""
+    pixels = any(weight > 0 for weight, _ in pixel_losses.values()) or not settings["train_decoder"]
+    check(settings, [
+        ("adversarial_weight", settings["adversarial_weight"] > 0 or pixels,
+         "the decoder has no loss: all of its weights are 0"),
+        ("adversarial_start", settings["adversarial_start"] == 0 or pixels,
+         "until then the decoder has no loss: the weights of the pixels' are all 0; --mse_weight=1 is one"),
+        ("adversarial_scaling", settings["adversarial_scaling"] != "adaptive" or pixels,
+         "adaptive needs a pixel loss to adapt to: all of their weights are 0"),
     ])
 
 
@@ -91,7 +96,7 @@ def open_run(settings, given):
         checkpoint = load_checkpoint(out_dir, set_aside=True)
         brought = {name: value for name, value in checkpoint["settings"].items()
                    if name in settings and name not in ("out_dir", "init_from", "profile")}
-        for name in ("crop", "optimizer"):
+        for name in ("crop", "width", "optimizer"):
             if given.get(name) not in (None, brought.get(name)):
                 stop(f"--{name}={given[name]}: a resumed run keeps its {name}, {brought.get(name)}; to change it, "
                      f"start a new run with --init_from={out_dir} and its own --out_dir")
@@ -116,10 +121,10 @@ def restore(checkpoint, parts, progress, settings, shape):
     resume, source = init_from == "resume", f"--init_from={init_from}"
     if checkpoint["shape"] != shape:
         stop(f"{source}: its student is {checkpoint['shape']}, this run asks for {shape}")
-    if resume and (lacking := {*vars(progress), *parts, "rng", "cuda_rng"} - checkpoint.keys()):
+    if resume and (lacking := {"step", *parts, "rng", "cuda_rng"} - checkpoint.keys()):
         stop(f"{source}: the checkpoint in {out_dir} is of another version, it lacks {', '.join(sorted(lacking))}; "
              f"--init_from={out_dir} and a new --out_dir start from its weights")
-    averages = {"encoder": "ema_encoder", "decoder": "ema_decoder"}  # the better ones: a new run starts from them
+    averages, loaded = {"encoder": "ema_encoder", "decoder": "ema_decoder"}, []  # a new run starts from the better ones
     for name, part in parts.items():
         state = checkpoint.get(name if resume else averages.get(name, name))
         if not state or not (resume or isinstance(part, torch.nn.Module)):
@@ -129,17 +134,23 @@ def restore(checkpoint, parts, progress, settings, shape):
         try:
             part.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as error:
-            stop(f"{source}: its {name} does not fit: {error}")
+            stop(f"{source}: its {name} does not fit ({' '.join(str(error).split())[:200]}); --init_from={out_dir} and "
+                 f"a new --out_dir start from its student")
+        loaded.append(name)
     if resume:
         if checkpoint["step"] >= settings["max_iters"]:
             stop(f"--max_iters={settings['max_iters']}: the run in {out_dir} has done {checkpoint['step']} steps; "
                  f"raise --max_iters to go on")
-        vars(progress).update({name: checkpoint[name] for name in vars(progress)} | {"ready": progress.ready})
+        for name in vars(progress).keys() - {"ready"}:  # a counter that is newer than the run starts at its default
+            setattr(progress, name, checkpoint.get(name, getattr(progress, name)))
         torch.set_rng_state(checkpoint["rng"])
         if checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-    elif set(progress.ready) <= set(checkpoint["ready"]):  # others' weights count as an average at its full length
-        progress.images_averaged = checkpoint.get("images_averaged", 10 * settings["ema_halflife"])
+    else:
+        names = ", ".join(name for name in loaded if not name.startswith("ema"))
+        print(f"weights   {names} of {init_from}; losses and optimizer are this command's, not its")
+        if set(progress.ready) <= set(checkpoint["ready"]):  # others' count as an average at its full length
+            progress.images_averaged = checkpoint.get("images_averaged", 10 * settings["ema_halflife"])
     progress.ready = sorted({*progress.ready, *checkpoint["ready"]})
 
 
@@ -159,5 +170,8 @@ def save_run(settings, shape, parts, progress, held_out):
     for half in progress.ready:
         save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), parts[f"ema_{half}"])
     if len(progress.ready) == 2 and shape["variant"] == "plain":  # AutoencoderTiny can express no other
-        save_diffusers(os.path.join(out_dir, "diffusers"), parts["ema_encoder"], parts["ema_decoder"],
-                       card=model_card(state))
+        try:
+            save_diffusers(os.path.join(out_dir, "diffusers"), parts["ema_encoder"], parts["ema_decoder"],
+                           card=model_card(state))
+        except RuntimeError as error:  # a fork's own encoder or decoder
+            print(f"no diffusers folder: AutoencoderTiny cannot express this student ({str(error).splitlines()[0]})")

@@ -1,4 +1,4 @@
-"""Terms of the loss that only the published recipes beside this file use: train.py is complete without them.
+"""Terms of the loss that only the published recipes beside this file use: train.py can be read without them.
 
 fake, real: images [N,3,H,W] in [0,1]; scores: the discriminator's, large for real.
 """
@@ -18,6 +18,9 @@ def hinge_adversarial_loss(real_scores, fake_scores):
     return -fake_scores.mean()
 
 
+FORMS = {"hinge": (hinge_discriminator_loss, hinge_adversarial_loss)}
+
+
 def frequency_l1(fake, real):
     """L1 of the amplitudes of the 2-D Fourier transform: how much of each frequency there is, wherever it lies."""
     return F.l1_loss(torch.fft.rfft2(fake, norm="ortho").abs(), torch.fft.rfft2(real, norm="ortho").abs())
@@ -34,18 +37,21 @@ def lpips(device):
     return lambda fake, real: distance(fake * 2 - 1, real * 2 - 1).mean()
 
 
-def unit_gradient(adversarial, fake, pixels, layer, scaler):
+# What takes the adversarial loss's place: functions of it, the fakes, the loss so far, the decoder's last weight, and
+# the GradScaler
+
+def unit_gradient(adversarial, fake, loss, layer, scaler):
     """A stand-in for the adversarial loss: its gradient on the fakes has a standard deviation of 1 / fake.numel() over
     the batch, so it can neither vanish nor explode (seraena)."""
     gradient = torch.autograd.grad(scaler.scale(adversarial), fake)[0]
     return (fake * gradient / (gradient.std() + 1e-12)).mean()
 
 
-def adaptive(adversarial, fake, pixels, layer, scaler):
+def adaptive(adversarial, fake, loss, layer, scaler):
     """The adversarial loss times the weight that makes its gradient at `layer`, the decoder's last, as large as that of
-    the pixel losses (VQGAN, CompVis/latent-diffusion)."""
-    gradient, of_adversarial = (torch.autograd.grad(scaler.scale(loss), layer, retain_graph=True)[0].norm()
-                                for loss in (pixels, adversarial))
+    the loss so far: of the pixels', for the encoder's has none there (VQGAN, CompVis/latent-diffusion)."""
+    gradient, of_adversarial = (torch.autograd.grad(scaler.scale(each), layer, retain_graph=True)[0].norm()
+                                for each in (loss, adversarial))
     little = scaler.scale(torch.full_like(gradient, 1e-4))
     return adversarial * (gradient / (of_adversarial + little)).clamp(0, 1e4).detach()
 
