@@ -63,13 +63,13 @@ def configure(settings, arguments=None):
         if not argument.endswith(".py"):
             stop(f"{argument!r} is not a setting: settings are written --name=value, files of settings end in .py")
         values = read_settings(argument)
-        if not values.keys() & set(names):
-            stop(f"{argument}: holds no settings; those in recipes/ show how they are written")
         for name, value in values.items():
             if name in names:
                 given[name] = converted(f"{argument}: {name} = {value!r}", str(value), settings[name])
             elif type(value) in TYPES:  # not what the file imports or defines
                 unknown(f"{argument}: {name}", names)
+        if not values.keys() & set(names):
+            stop(f"{argument}: holds no settings; those in recipes/ show how they are written")
     for name, text in vars(flags).items():
         given[name] = converted(f"--{name}={text}", text, settings[name])
     settings.update(given)

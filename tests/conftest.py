@@ -23,8 +23,7 @@ from test_smoke import HERE, TINY, records, stepped, tiny_run, train  # two of t
 DATA = Path(os.environ.get("TAESD_TEST_DATA") or "TAESD_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="TAESD_TEST_DATA names no folder of test images and weights")
 
-torch.set_num_threads(1)  # networks this small gain little from two, and wait long where another program has the core
-os.environ["OMP_NUM_THREADS"] = "1"  # of processes that the tests start
+torch.set_num_threads(1)  # as test_smoke.py says to the processes that it starts
 
 
 @pytest.fixture(autouse=True)
