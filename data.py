@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from support.colors import in_srgb, resizable
 from support.configure import configure, require_positive, stop
 from support.packs import Pack, is_pack, write_pack
 from support.synthetic import dead_leaves
@@ -53,8 +54,12 @@ class Images:
             crc = {path: name_crc(path, folder) for path in self.train}
             threshold = max(HELD_OUT * 2**32, min(crc.values()))  # at least one
             self.val = [path for path in self.train if crc[path] <= threshold]
-        held_out = set(map(os.path.abspath, self.val))  # a val_folder may lie inside folder
-        self.train = [path for path in self.train if os.path.abspath(path) not in held_out]
+        held_out = set(map(os.path.realpath, self.val))  # a val_folder may lie inside folder, or be linked into it
+        self.train = [path for path in self.train if os.path.realpath(path) not in held_out]
+        names = set(map(os.path.basename, self.val)) if is_pack(folder) and val_folder else set()
+        if twins := [path for path in self.train if os.path.basename(path) in names]:
+            print(f"warning: {folder} may hold held-out images: {len(twins)} of its names are also in {val_folder}, "
+                  f"for example {os.path.basename(twins[0])}", file=sys.stderr)
         self.val.sort(key=lambda path: name_crc(path, val_folder or folder))  # as good as shuffled, the same everywhere
         if folder and not self.train:
             stop(f"--data_dir={folder}: nothing to train on: at least two images are needed, one of them is held out")
@@ -154,11 +159,17 @@ def find_images(folder):
         return sorted(Pack(folder).rows)
     if not os.path.isdir(folder):
         stop(f"{folder}: no such folder of images")
-    found = sorted(os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True)
-                   for name in names if name.lower().endswith(EXTENSIONS))
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()  # where two links lead to one folder, the first counts: the same one everywhere
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(root, name) for name in names if name.lower().endswith(EXTENSIONS)]
     if not found:
         stop(f"{folder}: holds no {', '.join(EXTENSIONS)} files")
-    return found
+    return sorted(found)
 
 
 def name_crc(path, folder):
@@ -170,11 +181,11 @@ def square_crop(path, size, rng=None, open_image=Image.open):
     """A file's square as [size,size,3] uint8, upright, on a background: a random one, from `size` pixels to the whole;
     the centre one for rng=None."""
     with open_image(path) as image:
-        width, height = image.size
+        (width, height), profile = image.size, image.info.get("icc_profile")
         if min(width, height) < SMALLEST:
             raise ValueError(f"{width}x{height} pixels: the shorter side must be {SMALLEST} or more")
         if rng is not None and min(width, height) < size:  # mirrored at its edges: enlarged, it would teach blur
-            image = mirrored(ImageOps.exif_transpose(eight_bits(image)), size)
+            image, profile = mirrored(in_srgb(ImageOps.exif_transpose(resizable(image)), profile), size), None
             width, height = image.size
         short = min(width, height)
         side, left, top = short, (width - short) / 2, (height - short) / 2
@@ -186,9 +197,9 @@ def square_crop(path, size, rng=None, open_image=Image.open):
         image.load()
         across, down = image.width / width, image.height / height
         right, bottom = min((left + side) * across, image.width), min((top + side) * down, image.height)
-        square = eight_bits(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3,
-                                          box=(left * across, top * down, right, bottom))
-        square = ImageOps.exif_transpose(square)
+        square = resizable(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3,
+                                         box=(left * across, top * down, right, bottom))
+        square = in_srgb(ImageOps.exif_transpose(square), profile)
     if square.mode == "RGBA":  # transparent art is trained on many backgrounds and evaluated on white
         color = (255,) * 3 if rng is None else tuple(int(c) for c in rng.integers(256, size=3))
         square = Image.alpha_composite(Image.new("RGBA", square.size, color), square)
@@ -200,16 +211,6 @@ def mirrored(image, size):
     pixels = np.asarray(image)
     sides = [max(0, size - side) for side in pixels.shape[:2]] + [0] * (pixels.ndim - 2)
     return Image.fromarray(np.pad(pixels, [(side // 2, side - side // 2) for side in sides], "reflect"))
-
-
-def eight_bits(image):
-    """An image of any mode as L, RGB or RGBA."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: scale, for convert() would clip
-        grey = np.asarray(image, dtype=np.float32)
-        return Image.fromarray((grey / (257 if grey.max() > 255 else 1)).astype(np.uint8))
-    if image.has_transparency_data:
-        return image.convert("RGBA")
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
 def color_augmented(crop, rng):
@@ -226,12 +227,15 @@ def color_augmented(crop, rng):
 # python data.py
 
 def decode(path):
-    """A whole image as [H,W,3 or 4] uint8, upright, its longest side at most `longest` pixels; None if unreadable."""
+    """A whole image as [H,W,3 or 4] uint8, upright; None if unreadable. Its longest side has at most `longest` pixels,
+    more where the shorter one would have too few."""
     try:
         with Image.open(path) as image:
-            image.draft(None, (longest, longest))
-            image = ImageOps.exif_transpose(eight_bits(image))
-            image.thumbnail((longest, longest), Image.Resampling.BICUBIC, reducing_gap=3)
+            profile, side = image.info.get("icc_profile"), max(longest, SMALLEST * max(image.size) / min(image.size))
+            image.draft(None, (math.ceil(side), math.ceil(side)))
+            image = resizable(image)
+            image.thumbnail((math.ceil(side), math.ceil(side)), Image.Resampling.BICUBIC, reducing_gap=3)
+            image = in_srgb(ImageOps.exif_transpose(image), profile)
             return np.asarray(image if image.mode == "RGBA" else image.convert("RGB"))
     except Exception as error:  # Pillow raises a dozen kinds on broken files
         print(f"skipped {path}: {error}", file=sys.stderr)

@@ -44,12 +44,13 @@ def psnr(fake, real):
 
 def ssim(fake, real):
     """Structural similarity (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5, on each colour channel."""
-    offset = torch.arange(11, device=real.device) - 5.0
-    window = torch.exp(-offset.square() / (2 * 1.5**2))
-    window = (torch.outer(window, window) / window.sum() ** 2).expand(3, 1, 11, 11)
+    window = torch.exp(-(torch.arange(11) - 5.0).square() / (2 * 1.5**2))
+    weights = (window / window.sum()).tolist()
 
-    def blur(x):
-        return F.conv2d(x, window, groups=3)
+    def blur(x):  # not by conv2d: on a GPU that may round to TF32, and these are small differences of large numbers
+        for dim in (2, 3):
+            x = sum(weight * x.narrow(dim, i, x.shape[dim] - 10) for i, weight in enumerate(weights))
+        return x
     mean_f, mean_r = blur(fake), blur(real)
     var_f, var_r = blur(fake * fake) - mean_f**2, blur(real * real) - mean_r**2
     covariance = blur(fake * real) - mean_f * mean_r
@@ -70,7 +71,7 @@ def high_frequency_energy(image):
 
 def sharpness(fake, real):
     """High-frequency energy over the original's, of the whole set (a flat image has none to compare): 1 is right."""
-    return high_frequency_energy(fake).mean() / high_frequency_energy(real).mean()
+    return high_frequency_energy(fake).mean() / high_frequency_energy(real).mean().clamp(min=1e-8)
 
 
 def measure(fake, real):
@@ -135,6 +136,7 @@ class HeldOut:
         figures = {f"val_{name}": value for name, value in measure(from_teacher, self.real).items()}
         figures["val_latent_mse"] = F.mse_loss(latent, self.latent).item()
         (mean, std), (goal_mean, goal_std) = ((z.mean((0, 2, 3)), z.std((0, 2, 3))) for z in (latent, self.latent))
+        goal_std = goal_std.clamp(min=1e-4)  # of a flat picture it is 0
         figures["val_latent_mean_error"] = ((mean - goal_mean).abs() / goal_std).max().item()  # of the worst channel
         figures["val_latent_std_error"] = (std / goal_std - 1).abs().max().item()  # likewise
         figures["val_psnr_raw"] = measure(raw, self.real)["psnr"]  # of the weights as they are, not averaged

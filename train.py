@@ -91,8 +91,8 @@ dtype = "auto"               # auto, float32, bfloat16 or float16: of teacher an
 compile = "auto"             # torch.compile: auto (on a GPU), true or false
 profile = 0                  # steps to record as out_dir/trace.json for perfetto, some 74 after the start; 0 = off
 # -----------------------------------------------------------------------------
-settings, given = configure(globals())  # all of them; those that a file or a flag names
-checkpoint = open_run(settings, given)  # None from scratch; `settings` take over what it brings, but for what was given
+settings, by_file, by_flag = configure(globals())  # all of them; those that files and flags give
+checkpoint = open_run(settings, by_file, by_flag)  # None from scratch; `settings` take over what it brings
 check_settings(settings)
 globals().update(settings)
 # `settings` stay what was asked for; from here on these globals hold what "auto" becomes on this machine
@@ -275,10 +275,10 @@ def half_old(fakes, latents):
 parts = networks | {"student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer,
                     "scaler": scaler, "pool": pool, "replay": replay}
 if checkpoint:
-    restore(checkpoint, parts, progress, settings, shape)  # all of it, or the weights alone, D's too if they fit
+    restore(checkpoint, parts, progress, settings, shape, device)  # all, or the weights alone, D's too if they fit
     del checkpoint  # frees its memory
 
-introduce(settings, images, vae, networks, machine)
+introduce(settings, images, vae, networks, {"pool": pool, "replay": replay}, machine)
 held_out = HeldOut(images.held_out(eval_images, eval_size), vae, teacher)
 vae.drop_decoder()
 images.batch(across * crop, 1, 0, [seed, 0])  # of broken files alone? Then stop before anything is written

@@ -5,7 +5,6 @@ The type of a setting is the type of its default; its line in --help is its comm
 """
 import argparse
 import difflib
-import importlib.util
 import os
 import re
 import sys
@@ -41,8 +40,8 @@ class Parser(argparse.ArgumentParser):
 def configure(settings, arguments=None):
     """Override the settings in a script's `globals()`: by files of settings (recipes/ft_mse.py), then by --name=value.
 
-    Returns {name: value} of every setting, and of those that a file or a flag gave. arguments: None = the command line.
-    A wrong name, type or form stops with one line that says what would do.
+    Returns {name: value} of every setting, of those that a file gave and of those that a flag gave. arguments: None =
+    the command line. A wrong name, type or form stops with one line that says what would do.
     """
     with open(settings["__file__"], encoding="utf-8") as file:
         source = file.read().split("configure(globals())")[0].split("# ---", 1)[-1]  # from the first rule to the call
@@ -56,7 +55,7 @@ def configure(settings, arguments=None):
         parser.add_argument(f"--{name}", metavar="", help=f"{comments[name]} [{settings[name]!r}]".replace("%", "%%"),
                             **switch)
     flags, others = parser.parse_known_args(arguments)
-    given = {}
+    by_file, by_flag = {}, {}
     for argument in others:
         if argument.startswith("--"):
             unknown(f"--{argument[2:].split('=')[0]}", names)
@@ -65,15 +64,15 @@ def configure(settings, arguments=None):
         values = read_settings(argument)
         for name, value in values.items():
             if name in names:
-                given[name] = converted(f"{argument}: {name} = {value!r}", str(value), settings[name])
+                by_file[name] = converted(f"{argument}: {name} = {value!r}", str(value), settings[name])
             elif type(value) in TYPES:  # not what the file imports or defines
                 unknown(f"{argument}: {name}", names)
         if not values.keys() & set(names):
             stop(f"{argument}: holds no settings; those in recipes/ show how they are written")
     for name, text in vars(flags).items():
-        given[name] = converted(f"--{name}={text}", text, settings[name])
-    settings.update(given)
-    return {name: settings[name] for name in names}, given
+        by_flag[name] = converted(f"--{name}={text}", text, settings[name])
+    settings.update(by_file | by_flag)
+    return {name: settings[name] for name in names}, by_file, by_flag
 
 
 def converted(written, text, default):
@@ -143,8 +142,14 @@ def pick_dtype(name, device):
 
 
 def pick_compile(name, device):
-    """'auto' -> True on a GPU that Triton can compile for. Returns a bool."""
+    """'auto' -> True on a GPU for which it works; one line says why where it does not. Returns a bool."""
     if name.lower() not in ("auto", "true", "false"):
         stop(f"--compile={name}: must be auto, true or false")
-    able = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return name.lower() == "true" or name.lower() == "auto" and able
+    if name.lower() != "auto" or device.type != "cuda":
+        return name.lower() == "true"
+    try:  # Triton wants compute capability 7.0 and a C compiler: the least that shows both
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        return True
+    except Exception as error:
+        print(f"machine   not compiled, which is slower: {' '.join(str(error).split())[:200]}")
+        return False

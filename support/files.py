@@ -16,11 +16,24 @@ from support.configure import stop
 from support.hub import is_hub_id, load_autoencoder
 
 
-def save_file(path, write, keep=None):
-    """Call write(temporary path), then rename: a file is complete or as it was before. A folder is replaced whole. What
-    was there before is renamed to `keep`, if that is given."""
+DIFFUSERS_FILES = ("README.md", "config.json", "diffusion_pytorch_model.safetensors")
+
+
+def check_ours(path, names):
+    """Stop with one line if `path` is anything but a folder of some of our files, `names`: it would be replaced."""
+    if os.path.lexists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - set(names)):
+        stop(f"{path}: is there already, and not of this program; choose another place, or move it away")
+
+
+def save_file(path, write, keep=None, names=()):
+    """Call write(temporary path), then rename: a file is complete or as it was before. What was there before is renamed
+    to `keep`, if that is given. names: of the files, where write makes a folder; only such a folder is replaced."""
     path = os.path.normpath(path)
     aside = f"{path}.tmp"
+    if names:
+        check_ours(path, names)
+    if names or os.path.isdir(aside):
+        check_ours(aside, names)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         write(aside)
@@ -207,12 +220,13 @@ def save_diffusers(path, encoder, decoder, dtype=torch.float32, card=""):
         if card:
             with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as file:
                 file.write(card)
-    save_file(path, write)
+    save_file(path, write, names=DIFFUSERS_FILES)
 
 
 def export(checkpoint, folder, dtype):
     """Write a run's averaged weights in every format that can hold them, in dtype (ONNX: float32); print which."""
     ready, plain = checkpoint["ready"], checkpoint["shape"]["variant"] == "plain"
+    check_ours(os.path.join(folder, "diffusers"), DIFFUSERS_FILES)
     os.makedirs(folder, exist_ok=True)
     networks, written = student(checkpoint), []
     for half in ready:

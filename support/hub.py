@@ -29,10 +29,11 @@ def load_autoencoder(where, supported, dtype, named):
         check_hub(named, where, f"{subfolder}/config.json".lstrip("/"))
     try:
         if single:
-            return diffusers.AutoencoderKL.from_single_file(where, config=subfolder or None, torch_dtype=dtype)
+            vae = diffusers.AutoencoderKL.from_single_file(where, config=subfolder or None)
+            return vae if overflows(vae.config, dtype) else torch.nn.Module.to(vae, dtype)
         config = diffusers.AutoencoderKL.load_config(where, subfolder=subfolder or None)
         kind = config.get("_class_name")
-        if dtype == torch.float16 and config.get("force_upcast", True):
+        if overflows(config, dtype):
             dtype = torch.float32
         if kind in supported:
             return getattr(diffusers, kind).from_pretrained(where, subfolder=subfolder or None, torch_dtype=dtype,
@@ -40,6 +41,11 @@ def load_autoencoder(where, supported, dtype, named):
     except Exception as error:  # missing, cut off or mismatched weights: each library layer raises its own type
         stop(f"{named}: could not be loaded: {str(error)[:300]}")
     stop(f"{named}: its class is {kind}; supported are {', '.join(supported)} and taesd.py files")
+
+
+def overflows(config, dtype):
+    """Does the VAE say of itself that it needs more than float16?"""
+    return dtype == torch.float16 and config.get("force_upcast", True)
 
 
 def is_hub_id(name):

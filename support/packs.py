@@ -12,11 +12,14 @@ import numpy as np
 from PIL import Image
 
 from support.configure import stop
-from support.files import save_file
+from support.files import check_ours, save_file
+
+
+FILES = ("index.npy", "names.json", "pixels.bin")
 
 
 def is_pack(folder):
-    return os.path.isfile(os.path.join(folder, "index.npy"))
+    return folder != "" and os.path.isfile(os.path.join(folder, "index.npy"))  # '' is no folder, not the current one
 
 
 class Pack:
@@ -39,6 +42,7 @@ class Pack:
 
 def write_pack(out, folder, paths, decode, workers):
     """Write a pack of the images at `paths` below `folder`; decode: path -> [H,W,C] uint8, or None to skip it."""
+    check_ours(out, FILES)  # before the work
     rows, names, offset, started = [], [], 0, time.time()
 
     def write(aside):
@@ -61,5 +65,5 @@ def write_pack(out, folder, paths, decode, workers):
         np.save(os.path.join(aside, "index.npy"), np.array(rows, np.int64))
         with open(os.path.join(aside, "names.json"), "w", encoding="utf-8") as file:
             json.dump(names, file)
-    save_file(out, write)
+    save_file(out, write, names=FILES)
     print(f"{out}: {len(names):,} images, {len(paths) - len(names):,} skipped; train.py --data_dir={out}")

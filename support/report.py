@@ -20,8 +20,8 @@ from support.configure import stop
 from support.files import save_file
 
 
-def introduce(settings, images, vae, networks, machine):
-    """Print what this run is."""
+def introduce(settings, images, vae, networks, memories, machine):
+    """Print what this run is, and what it takes."""
     s = SimpleNamespace(**settings)
     weights = {name: value for name, value in settings.items() if name.endswith("_weight") and value}
     sizes = ", ".join(f"{name} {parameters(networks[name]):,}" for name in ("encoder", "decoder", "discriminator"))
@@ -34,7 +34,20 @@ def introduce(settings, images, vae, networks, machine):
     print("losses    " + ", ".join(f"{value:g} x {name.removesuffix('_weight')}" for name, value in weights.items())
           + f"; {s.optimizer} at {s.learning_rate:g}; all settings are in log.jsonl")
     print(f"batch     {s.batch_size} crops of {s.crop} pixels, each used {s.echo:g} times, cut from squares of "
-          f"{max(1, s.window // s.crop) * s.crop} pixels", flush=True)
+          f"{max(1, s.window // s.crop) * s.crop} pixels")
+    states = {"muon": 1, "adam": 3, "adamw": 2}[s.optimizer]  # as many as there are weights
+    weights = 4 * sum(parameters(network) * (1 if name.startswith("ema") else 1 + states)
+                      for name, network in networks.items())
+    bytes_of = {name: sum(tensor.nbytes for tensor in vars(memory).values() if torch.is_tensor(tensor))
+                for name, memory in memories.items()}
+    print("memory    " + ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in bytes_of.items())
+          + f" on the device; a checkpoint {(weights + sum(bytes_of.values())) / 2**20:,.0f} MB, two are kept",
+          flush=True)
+
+
+def stop_not_finite(settings, step, what):
+    stop(f"step {step}: {what}. A checkpoint in {settings['out_dir']} is from before; go on with --init_from=resume "
+         f"and a smaller --learning_rate, or --dtype=float32")
 
 
 class Report:
@@ -62,12 +75,6 @@ class Report:
             stop(f"{out_dir}: could not be written ({error}); a checkpoint there is untouched, --init_from=resume goes "
                  f"on with it")
 
-    def check_finite(self, figures, step):
-        for name, value in figures.items():
-            if not math.isfinite(value):
-                stop(f"step {step}: {name} is {value}. A checkpoint in {self.settings['out_dir']} is from before; go "
-                     f"on with --init_from=resume and a smaller --learning_rate, or --dtype=float32")
-
     def add(self, terms):
         """Remember the terms of one step, {name: tensor}."""
         self.history.append((list(terms), torch.stack(list(terms.values())).detach()))
@@ -83,9 +90,9 @@ class Report:
         values, step, max_iters = {}, self.progress.step, self.settings["max_iters"]
         numbers = iter(torch.cat([row for _, row in self.history]).tolist())
         for age, (names, _) in zip(range(len(self.history) - 1, -1, -1), self.history):
-            terms = {name: next(numbers) for name in names}
-            self.check_finite(terms, step - age)
-            for name, value in terms.items():
+            for name, value in zip(names, numbers):
+                if not math.isfinite(value):
+                    stop_not_finite(self.settings, step - age, f"{name} is {value}")
                 values.setdefault(name, []).append(value)
         seconds = time.time() - self.clock
         rate = len(self.history) * self.settings["batch_size"] / seconds
@@ -104,7 +111,6 @@ class Report:
                 "images_per_second": round(self.images / max(self.seconds, 1e-9), 2)}
 
     def evaluation(self, figures):
-        self.check_finite(figures, self.progress.step)
         self.log(self.so_far() | figures)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         print(f"eval {self.progress.step}  {shown}", flush=True)
@@ -171,7 +177,8 @@ class Interrupt:
 def explain_out_of_memory(settings):
     """From here on, out of memory is one line; everything else as ever."""
     def explain(kind, error, trace):
-        if not issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
+        on_a_cpu = kind is RuntimeError and "DefaultCPUAllocator" in str(error)  # there it has no class of its own
+        if not on_a_cpu and not issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
             return sys.__excepthook__(kind, error, trace)
         large = ", ".join(f"--{name} ({settings[name]})" for name in ("batch_size", "crop", "window", "replay_size"))
         print(f"error: out of memory: a smaller {large} helps; checkpoints in {settings['out_dir']} are untouched",

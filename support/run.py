@@ -10,9 +10,9 @@ import torch
 from model import VARIANTS
 from recipes.published import FORMS, SCALINGS
 from support.configure import require_positive, stop
-from support.files import (checkpoint_paths, load_checkpoint, load_student, model_card, save_diffusers, save_file,
-                           save_taesd)
-from support.report import profile_from
+from support.files import (DIFFUSERS_FILES, check_ours, checkpoint_paths, load_checkpoint, load_student, model_card,
+                           save_diffusers, save_file, save_taesd)
+from support.report import profile_from, stop_not_finite
 from teacher import NAMES
 
 # -----------------------------------------------------------------------------
@@ -87,48 +87,57 @@ class Progress(SimpleNamespace):
     """Counters and lists that a checkpoint keeps, as attributes: add one where train.py makes it."""
 
 
-def open_run(settings, given):
-    """The checkpoint that init_from names, or None from scratch. `settings` take over what it brings, except what was
-    given."""
+MEMORIES_OF = ("teacher", "data_dir", "window")  # what pool and replay hold depends on these
+
+
+def open_run(settings, by_file, by_flag):
+    """The checkpoint that init_from names, or None from scratch. `settings` take over what it brings, except what files
+    of settings or flags say."""
     init_from, out_dir = settings["init_from"], settings["out_dir"]
-    checkpoint, brought = None, {}
+    checkpoint, brought, smaller = None, {}, {}
+    check_ours(os.path.join(out_dir, "diffusers"), DIFFUSERS_FILES)  # which is written only after many steps
     if init_from == "resume":
         checkpoint = load_checkpoint(out_dir, set_aside=True)
         brought = {name: value for name, value in checkpoint["settings"].items()
                    if name in settings and name not in ("out_dir", "init_from", "profile")}
         for name in ("crop", "width", "optimizer"):
-            if given.get(name) not in (None, brought.get(name)):
-                stop(f"--{name}={given[name]}: a resumed run keeps its {name}, {brought.get(name)}; to change it, "
-                     f"start a new run with --init_from={out_dir} and its own --out_dir")
+            asked = (by_file | by_flag).get(name, brought.get(name))
+            if asked != brought.get(name):
+                stop(f"--{name}={asked}: a resumed run keeps its {name}, {brought.get(name)}; to change it, start a "
+                     f"new run with --init_from={out_dir} and its own --out_dir")
     elif any(map(os.path.exists, checkpoint_paths(out_dir))):
         stop(f"--out_dir={out_dir}: holds a run already; --init_from=resume goes on with it, another --out_dir starts "
              f"a new one")
     elif init_from != "scratch":
         checkpoint = load_student(init_from)
-        brought = {"learning_rate": 1e-4,  # what is learned already is lost in larger steps
-                   "width": checkpoint["shape"]["width"], "teacher": checkpoint.get("settings", settings)["teacher"]}
-    settings |= brought | given
+        brought = {"width": checkpoint["shape"]["width"], "teacher": checkpoint.get("settings", settings)["teacher"]}
+        smaller = {"learning_rate": 1e-4}  # what is learned already is lost in larger steps: a recipe's are for scratch
+    settings |= brought | by_file | smaller | by_flag
     for name in ("teacher", "data_dir", "val_dir"):  # so that sample.py and resume may be called from another folder
         if settings[name] not in NAMES and os.path.exists(settings[name]):
             settings[name] = os.path.abspath(settings[name])
     return checkpoint
 
 
-def restore(checkpoint, parts, progress, settings, shape):
+def restore(checkpoint, parts, progress, settings, shape, device):
     """Load into `parts` and `progress` what the checkpoint holds: all of a run's, or the weights that a new one starts
     from. Stops with one line where it does not fit."""
     init_from, out_dir = settings["init_from"], settings["out_dir"]
     resume, source = init_from == "resume", f"--init_from={init_from}"
     if checkpoint["shape"] != shape:
         stop(f"{source}: its student is {checkpoint['shape']}, this run asks for {shape}")
-    if resume and (lacking := {"step", *parts, "rng", "cuda_rng"} - checkpoint.keys()):
+    if resume and (lacking := {"step", *parts, "rng", "device_rng"} - checkpoint.keys()):
         stop(f"{source}: the checkpoint in {out_dir} is of another version, it lacks {', '.join(sorted(lacking))}; "
              f"--init_from={out_dir} and a new --out_dir start from its weights")
+    stale = [name for name in MEMORIES_OF if resume and checkpoint["settings"][name] != settings[name]]
+    if stale:
+        print(f"memories  pool and replay buffer start afresh: another {', '.join(stale)}")
+        checkpoint |= {"pool": None, "replay": None, "due": 0.0}
     averages, loaded = {"encoder": "ema_encoder", "decoder": "ema_decoder"}, []  # a new run starts from the better ones
     for name, part in parts.items():
         state = checkpoint.get(name if resume else averages.get(name, name))
         if not state or not (resume or isinstance(part, torch.nn.Module)):
-            continue  # others' weights have no discriminator and may be half a student; a scaler that was off is empty
+            continue  # others' weights may be half a student, without D; a scaler that was off has no state
         if name == "discriminator" and not resume and shapes_of(state) != shapes_of(part.state_dict()):
             continue  # a fork with another D may start from our students, with a fresh D
         try:
@@ -143,9 +152,7 @@ def restore(checkpoint, parts, progress, settings, shape):
                  f"raise --max_iters to go on")
         for name in vars(progress).keys() - {"ready"}:  # a counter that is newer than the run starts at its default
             setattr(progress, name, checkpoint.get(name, getattr(progress, name)))
-        torch.set_rng_state(checkpoint["rng"])
-        if checkpoint["cuda_rng"] is not None and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        set_random_state(checkpoint, device)
     else:
         names = ", ".join(name for name in loaded if not name.startswith("ema"))
         print(f"weights   {names} of {init_from}; losses and optimizer are this command's, not its")
@@ -154,17 +161,32 @@ def restore(checkpoint, parts, progress, settings, shape):
     progress.ready = sorted({*progress.ready, *checkpoint["ready"]})
 
 
+def random_state(device):
+    """Of the CPU and, if it is another, of the device: cuda, mps, ..."""
+    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    return {"rng": torch.get_rng_state(), "device_rng": on_device}
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state["rng"])
+    if state["device_rng"] is not None and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device_rng"])
+
+
 def shapes_of(state):
     return {name: weight.shape for name, weight in state.items()}
 
 
 def save_run(settings, shape, parts, progress, held_out):
-    """Everything that resume and sample.py need, then the averaged weights in the formats that others load."""
+    """Everything that resume and sample.py need, then the averaged weights in the formats that others load. Stops, and
+    leaves what was saved before, if a weight is not finite."""
     out_dir = settings["out_dir"]
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module) and not all(weight.isfinite().all() for weight in part.parameters()):
+            stop_not_finite(settings, progress.step, f"a weight of {name} is not finite")
     state = {"settings": settings, "shape": shape, "held_out": (held_out * 255).round().byte()} | vars(progress)
     state |= {name: part.state_dict() for name, part in parts.items()}
-    state |= {"rng": torch.get_rng_state(),
-              "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+    state |= random_state(held_out.device)
     path, previous = checkpoint_paths(out_dir)
     save_file(path, lambda aside: torch.save(state, aside), keep=previous)
     for half in progress.ready:

@@ -31,9 +31,9 @@ def settings(tmp_path):
 def test_settings_come_from_files_then_from_flags(settings, tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text("import math\nrate = math.sqrt(9)\nsteps = 7\n_private = 1\ndef function(): pass\n")
-    found, given = configure.configure(settings, [str(recipe), "--steps=1e5", "--name=a=b"])
+    found, by_file, by_flag = configure.configure(settings, [str(recipe), "--steps=1e5", "--name=a=b"])
     assert found == {"rate": 3.0, "steps": 100_000, "fast": False, "name": "a=b"} and settings["steps"] == 100_000
-    assert given.keys() == {"rate", "steps", "name"} and settings["other"] == 1 and type(found["steps"]) is int
+    assert (by_file, by_flag) == ({"rate": 3.0, "steps": 7}, {"steps": 100_000, "name": "a=b"}) and settings["other"]
 
 
 @pytest.mark.parametrize("flag,fast", [("--fast", True), ("--fast=true", True), ("--fast=no", False)])

@@ -167,6 +167,11 @@ def test_a_single_file_in_the_original_layout(tmp_path):
         again = Teacher(f"{tmp_path / name}::{tmp_path / 'vae'}")
         assert torch.allclose(again.encode(image), latent, atol=1e-4), name
         assert 1 / again.std == pytest.approx(0.18215), name
+        half = Teacher(f"{tmp_path / name}::{tmp_path / 'vae'}", dtype=torch.float16)
+        assert half.dtype == torch.float32 and torch.equal(half.encode(image), again.encode(image))  # force_upcast
+    vae.register_to_config(force_upcast=False)
+    vae.save_pretrained(tmp_path / "vae")
+    assert Teacher(f"{tmp_path / name}::{tmp_path / 'vae'}", dtype=torch.float16).dtype == torch.float16
 
 
 def test_toy_teacher_draws_recognisable_pictures():

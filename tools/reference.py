@@ -91,7 +91,7 @@ def reference_loop(teacher, paths, place, crop, batch_size, learning_rate, width
     encode, latent_channels, factor, _ = reference_teacher(teacher, place, dtype)
     shape = latent_channels, factor, width
     model = nn.ModuleDict({"encoder": Encoder(*shape), "decoder": Decoder(*shape)}).to(place)
-    average, averaged_at = copy.deepcopy(model), time.time()
+    average, averaged_at, updates = copy.deepcopy(model), time.time(), 0
     discriminator = ReferenceDiscriminator(latent_channels).to(place)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99))
     discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), 3e-4, betas=(0.9, 0.99))
@@ -99,8 +99,9 @@ def reference_loop(teacher, paths, place, crop, batch_size, learning_rate, width
     replay, capacity = [], 16384
     torch.backends.cudnn.benchmark = True
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    crops = ReferenceCrops(paths * 10_000, crop)  # one epoch, no restart
-    loader = torch.utils.data.DataLoader(crops, batch_size, shuffle=True, num_workers=min(12, cores))
+    crops = ReferenceCrops(paths, crop)
+    endless = torch.utils.data.RandomSampler(crops, replacement=True, num_samples=10**12)  # one epoch, no restart
+    loader = torch.utils.data.DataLoader(crops, batch_size, sampler=endless, num_workers=min(12, cores))
     while True:
         for images in loader:
             with torch.no_grad():
@@ -149,9 +150,9 @@ def reference_loop(teacher, paths, place, crop, batch_size, learning_rate, width
             scaler.step(optimizer)
             scaler.update()
             if time.time() > averaged_at + 2:
-                averaged_at = time.time()
+                averaged_at, decay, updates = time.time(), min(0.95, updates / 10), updates + 1  # the first is a copy
                 with torch.no_grad():
-                    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 0.05)
+                    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
             loss.item()
             yield average
 
@@ -166,7 +167,7 @@ def main():
     start, minute = time.time(), 1
     for step, average in enumerate(loop, 1):
         if time.time() > start + 60 * minute:
-            minute += 1
+            minute, paused = minute + 1, time.time()
             with torch.no_grad():
                 average.cpu()
                 latents, fake = chunked(average["encoder"], real), chunked(average["decoder"], latent).clamp(0, 1)
@@ -176,6 +177,7 @@ def main():
                   + "  ".join(f"val_{name} {value:.4g}" for name, value in figures.items()), flush=True)
             if minute > minutes:
                 return picture({"original": real[:8], "reference": fake[:8]}, "reference.png")
+            start += time.time() - paused  # minutes are of training alone, as train.py counts its rate
 
 
 if __name__ == "__main__":

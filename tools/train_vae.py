@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from data import Images, batches
 from sample import picture, psnr
 from support.configure import configure, pick_device, pick_dtype, require_positive, stop
-from support.files import save_file
+from support.files import DIFFUSERS_FILES, save_file
 from teacher import Teacher
 
 # -----------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def main():
     latents = vae.encode(images.held_out(64, crop).to(place) / 127.5 - 1).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     torch.nn.Module.to(vae, torch.float16)  # half the size; the method of diffusers would warn
-    save_file(out_dir, vae.save_pretrained)
+    save_file(out_dir, vae.save_pretrained, names=DIFFUSERS_FILES)
 
     teacher = Teacher(out_dir, place)
     held_out = images.held_out(8, 256).to(place) / 255
