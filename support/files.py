@@ -30,10 +30,9 @@ def save_file(path, write, keep=None, names=()):
     to `keep`, if that is given. names: of the files, where write makes a folder; only such a folder is replaced."""
     path = os.path.normpath(path)
     aside = f"{path}.tmp"
-    if names:
-        check_ours(path, names)
-    if names or os.path.isdir(aside):
-        check_ours(aside, names)
+    for place in (path, aside):
+        if names or os.path.isdir(place):
+            check_ours(place, names)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         write(aside)

@@ -13,7 +13,7 @@ from PIL import Image
 import data
 import model
 import sample
-from support import configure, packs, report, run as support_run, synthetic
+from support import configure, files, packs, report, run as support_run, synthetic
 from test_smoke import HERE, TINY, records, start, train
 from tools import reference
 
@@ -35,6 +35,13 @@ def test_a_pack_replaces_nothing_but_a_pack(place, tmp_path):
     for _ in range(2):  # a pack is replaced by a newer one
         packs.write_pack(str(tmp_path / "new"), str(photos), data.find_images(str(photos)), data.decode, 1)
     assert len(data.find_images(str(tmp_path / "new"))) == 4
+
+
+def test_a_file_replaces_no_folder(tmp_path):
+    pictures(tmp_path / "weights.pth")
+    with pytest.raises(SystemExit, match="weights.pth: is there already"):
+        files.save_file(str(tmp_path / "weights.pth"), lambda aside: torch.save({}, aside))
+    assert len(os.listdir(tmp_path / "weights.pth")) == 4
 
 
 def test_a_run_deletes_nobody_s_folder(tmp_path):
