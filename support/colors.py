@@ -27,9 +27,15 @@ def in_srgb(image, profile):
 
 @functools.lru_cache(64)  # most folders hold a handful of profiles
 def to_srgb(profile, mode):
-    """The transform of a profile's colours to sRGB; None where it is damaged, or of other channels than the image."""
+    """The transform of a profile's colours to sRGB; None where it is sRGB's, damaged, or of other channels than the
+    image."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+        convert = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+        steps = np.linspace(0, 255, 9, dtype=np.uint8)
+        colors = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3)
+        same = mode == "RGB" and np.abs(np.asarray(ImageCms.applyTransform(Image.fromarray(colors), convert))
+                                        - colors.astype(int)).max() <= 3
+        return None if same else convert
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):  # as damaged files go, each in its own way
         return None
