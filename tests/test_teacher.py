@@ -96,7 +96,8 @@ FAMILIES = {  # name: (how to make one, channels, factor, the student's variant,
     "kl-f32": (functools.partial(kl, 6, latent_channels=64), 64, 32, "plain", scaled),
     "flux2": (flux2_vae, 32, 8, "midblock_gn", flux2),
     "sana": (sana_vae, 32, 32, "f32", scaled),
-    "qwen": (functools.partial(diffusers.AutoencoderKLQwenImage, base_dim=8), 16, 8, "plain", video),
+    "qwen": (functools.partial(diffusers.AutoencoderKLQwenImage, base_dim=8, dim_mult=[1, 2, 4, 4]), 16, 8, "plain",
+             video),  # a list, as from its config.json
     "wan": (functools.partial(diffusers.AutoencoderKLWan, base_dim=8), 16, 8, "plain", video),
     "tiny": (functools.partial(AutoencoderTiny, encoder_block_out_channels=(8,) * 4,
                                decoder_block_out_channels=(8,) * 4), 4, 8, "plain", tiny)}
