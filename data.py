@@ -112,8 +112,8 @@ class Images:
                 found.append(square)
         self.bad_held_out = len(self.bad)
         if not found:
-            stop(f"none of {len(self.val)} held-out images can be read, for example {self.a_bad_one()}; --val_dir= "
-                 f"takes a folder of others")
+            stop(f"none of {len(self.val)} held-out images can be read, for example {self.a_bad_one()}; remove "
+                 f"them, or name others with --val_dir=")
         return to_tensor(found)
 
     def a_bad_one(self):

@@ -226,7 +226,7 @@ def main():
     print(f"; {len(real)} images ({images or ('held out' if checkpoint else 'synthetic')}) of {real.shape[-1]}x"
           f"{real.shape[-1]}, {place} {vae.dtype}\n".replace("torch.", ""))
     if not checkpoint:
-        print("latents by channel; about 0 and 1 if the scale is right:")
+        print("latents by channel; within a factor of two or so of 0 and 1 if the scale is right:")
         for statistic in ("mean", "std"):
             print(f"{statistic:5}" + " ".join(f"{v:6.2f}" for v in getattr(latents, statistic)((0, 2, 3)).tolist()))
     print_table(rows, real)

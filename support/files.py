@@ -3,10 +3,12 @@
 Files are written aside and renamed: each is complete or as it was before. Those that are read may be a stranger's.
 """
 import importlib.util
+import logging
 import os
 import re
 import shutil
 import sys
+import warnings
 
 import torch
 import torch.nn as nn
@@ -40,7 +42,8 @@ def save_file(path, write, keep=None, names=()):
         shutil.rmtree(aside, ignore_errors=True)
         if os.path.isfile(aside):
             os.remove(aside)
-        stop(f"{path}: could not be written ({error}); what was there before is untouched. Free some space, then go on")
+        reason = " ".join(str(error).split())[:120]
+        stop(f"{path}: could not be written ({reason}): is the disk full? What was there before is untouched")
     for root, _, names in os.walk(aside):  # safetensors writes files that only their owner may read
         for name in names:
             os.chmod(os.path.join(root, name), 0o644)
@@ -57,7 +60,7 @@ def load_file(path):
     except FileNotFoundError:
         stop(f"{path}: no such file")
     except Exception as error:  # a truncated archive, a pickle that wants to run code, a text file: many types
-        stop(f"{path}: not a readable weights file ({type(error).__name__}: {str(error).splitlines()[0]})")
+        stop(f"{path}: not a readable weights file ({type(error).__name__}: {str(error).splitlines()[0][:120]})")
 
 
 def checkpoint_paths(out_dir):
@@ -79,7 +82,7 @@ def load_checkpoint(out_dir, set_aside=False):
             raise
         if set_aside and os.path.exists(path):
             os.replace(path, f"{path}.damaged")
-        print(f"{error}; going back to {previous}", file=sys.stderr)
+        print(f"{str(error).removeprefix('error: ')}; going back to {previous}", file=sys.stderr)
         checkpoint, path = load_file(previous), previous
     if not isinstance(checkpoint, dict) or not {"settings", "shape", "ema_encoder", "ema_decoder"} <= checkpoint.keys():
         stop(f"{path}: not a checkpoint of train.py")
@@ -144,8 +147,12 @@ def save_onnx(path, module):
     names, channels = (("latent", "image"), module[1].in_channels) if decoder else (("image", "latent"), 3)
     cells = 16 if decoder else 16 * 2 ** sum(getattr(layer, "stride", 0) == (2, 2) for layer in module)
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    program = torch.onnx.export(module.eval(), (torch.zeros(2, channels, cells, cells + cells // 2),), dynamo=True,
-                                input_names=names[:1], output_names=names[1:], dynamic_shapes=(sizes,), verbose=False)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(), (torch.zeros(2, channels, cells, cells + cells // 2),), dynamo=True, verbose=False,
+            input_names=names[:1], output_names=names[1:], dynamic_shapes=(sizes,))
     save_file(path, lambda aside: program.save(aside, external_data=False))
 
 

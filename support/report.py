@@ -58,7 +58,10 @@ class Report:
         goal, out_dir = held_out.goal, settings["out_dir"]
         print(f"goal      the teacher's own round trip of the held-out images: psnr {goal['psnr']:.2f} dB, sharpness "
               f"{goal['sharpness']:.2f}", flush=True)
-        os.makedirs(out_dir, exist_ok=True)
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+        except OSError as error:
+            stop(f"--out_dir={out_dir}: cannot be made ({error.strerror})")
         held_out.draw(os.path.join(out_dir, "samples", "teacher.png"))
         versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
         versions["python"] = platform.python_version()

@@ -95,6 +95,8 @@ def open_run(settings, by_file, by_flag):
     of settings or flags say."""
     init_from, out_dir = settings["init_from"], settings["out_dir"]
     checkpoint, brought, smaller = None, {}, {}
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        stop(f"--out_dir={out_dir}: is a file; choose a folder, which need not exist yet")
     check_ours(os.path.join(out_dir, "diffusers"), DIFFUSERS_FILES)  # which is written only after many steps
     if init_from == "resume":
         checkpoint = load_checkpoint(out_dir, set_aside=True)
@@ -155,7 +157,7 @@ def restore(checkpoint, parts, progress, settings, shape, device):
         set_random_state(checkpoint, device)
     else:
         names = ", ".join(name for name in loaded if not name.startswith("ema"))
-        print(f"weights   {names} of {init_from}; losses and optimizer are this command's, not its")
+        print(f"weights   {names} of {init_from}; losses and optimizer are those of this command")
         if set(progress.ready) <= set(checkpoint["ready"]):  # others' count as an average at its full length
             progress.images_averaged = checkpoint.get("images_averaged", 10 * settings["ema_halflife"])
     progress.ready = sorted({*progress.ready, *checkpoint["ready"]})

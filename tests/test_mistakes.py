@@ -92,7 +92,7 @@ MISTAKES = [  # arguments, what the line must say
     ("--data_dir=nowhere", "no such folder"), ("--data_dir={folder}/empty", "holds no .jpg"),
     ("--data_dir={folder}/one", "at least two images"), ("--data_dir={folder}/texts", "held-out images can be read"),
     ("--data_dir={folder}/texts --val_dir={folder}/pictures", "more than half"),
-    ("--data_dir={folder}/pictures --val_dir={folder}/texts", "--val_dir= takes a folder of others"),
+    ("--data_dir={folder}/pictures --val_dir={folder}/texts", "name others with --val_dir="),
     # teachers
     ("--teacher=sdlx", "did you mean sdxl"), ("--teacher=stranger/vae", "a local diffusers folder will do"),
     ("--teacher={folder}/oobleck", "AutoencoderOobleck"), ("--teacher={folder}/empty", "no config.json"),

@@ -44,6 +44,13 @@ def test_a_file_replaces_no_folder(tmp_path):
     assert len(os.listdir(tmp_path / "weights.pth")) == 4
 
 
+@pytest.mark.parametrize("place,words", [("file", "is a file"), ("file/out", "is a file|cannot be made")])
+def test_an_out_dir_that_cannot_be(place, words, tmp_path):
+    (tmp_path / "file").write_text("somebody's")
+    with pytest.raises(SystemExit, match=words):
+        train(*TINY, "--max_iters=1", f"--out_dir={tmp_path / place}")
+
+
 def test_a_run_deletes_nobody_s_folder(tmp_path):
     (tmp_path / "out" / "diffusers" / ".git").mkdir(parents=True)
     with pytest.raises(SystemExit, match="diffusers: is there already"):

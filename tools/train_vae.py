@@ -115,9 +115,10 @@ def main():
     latents = teacher.encode(held_out)
     round_trip = teacher.decode(latents)
     picture({"original": held_out, "round trip": round_trip}, os.path.normpath(out_dir) + ".png")
+    mean, std = (" ".join(f"{v:.2f}" for v in values) for values in (latents.mean((0, 2, 3)), latents.std((0, 2, 3))))
     print(f"---\nout_dir: {out_dir}\nscaling_factor: {vae.config.scaling_factor}\nparameters: {teacher.parameters}\n"
-          f"latent_mean: {latents.mean((0, 2, 3)).tolist()}\nlatent_std: {latents.std((0, 2, 3)).tolist()}\n"
-          f"val_psnr: {psnr(round_trip, held_out).mean():.2f}")
+          f"latent_mean: {mean}\nlatent_std: {std}\nval_psnr: {psnr(round_trip, held_out).mean():.2f}\n"
+          f"now: python train.py --teacher={out_dir}")
 
 
 if __name__ == "__main__":
