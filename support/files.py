@@ -17,13 +17,19 @@ from model import Clamp, Decoder, Encoder
 from support.configure import stop
 from support.hub import is_hub_id, load_autoencoder
 
-
 DIFFUSERS_FILES = ("README.md", "config.json", "diffusion_pytorch_model.safetensors")
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # of file managers: to look into a folder must not make it another's
+
+
+def is_ours(path, names):
+    """Is there nothing at `path`, or a folder of some of our files, `names`? Such a folder may be replaced."""
+    folder = os.path.isdir(path) and not os.path.islink(path)
+    return not os.path.lexists(path) or folder and not set(os.listdir(path)) - {*names, *LITTER}
 
 
 def check_ours(path, names):
-    """Stop with one line if `path` is anything but a folder of some of our files, `names`: it would be replaced."""
-    if os.path.lexists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - set(names)):
+    """Stop with one line if `path` is anything else."""
+    if not is_ours(path, names):
         stop(f"{path}: is there already, and not of this program; choose another place, or move it away")
 
 
@@ -44,8 +50,8 @@ def save_file(path, write, keep=None, names=()):
             os.remove(aside)
         reason = " ".join(str(error).split())[:120]
         stop(f"{path}: could not be written ({reason}): is the disk full? What was there before is untouched")
-    for root, _, names in os.walk(aside):  # safetensors writes files that only their owner may read
-        for name in names:
+    for root, _, written in os.walk(aside):  # safetensors writes files that only their owner may read
+        for name in written:
             os.chmod(os.path.join(root, name), 0o644)
     if keep and os.path.exists(path):
         os.replace(path, keep)

@@ -10,8 +10,8 @@ import torch
 from model import VARIANTS
 from recipes.published import FORMS, SCALINGS
 from support.configure import require_positive, stop
-from support.files import (DIFFUSERS_FILES, check_ours, checkpoint_paths, load_checkpoint, load_student, model_card,
-                           save_diffusers, save_file, save_taesd)
+from support.files import (DIFFUSERS_FILES, check_ours, checkpoint_paths, is_ours, load_checkpoint, load_student,
+                           model_card, save_diffusers, save_file, save_taesd)
 from support.report import profile_from, stop_not_finite
 from teacher import NAMES
 
@@ -193,9 +193,11 @@ def save_run(settings, shape, parts, progress, held_out):
     save_file(path, lambda aside: torch.save(state, aside), keep=previous)
     for half in progress.ready:
         save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), parts[f"ema_{half}"])
-    if len(progress.ready) == 2 and shape["variant"] == "plain":  # AutoencoderTiny can express no other
+    folder = os.path.join(out_dir, "diffusers")
+    if not is_ours(folder, DIFFUSERS_FILES):  # since the start of the run: no reason to end it
+        print(f"{folder}: left as it is, for it holds files that are not of this program")
+    elif len(progress.ready) == 2 and shape["variant"] == "plain":  # AutoencoderTiny can express no other
         try:
-            save_diffusers(os.path.join(out_dir, "diffusers"), parts["ema_encoder"], parts["ema_decoder"],
-                           card=model_card(state))
+            save_diffusers(folder, parts["ema_encoder"], parts["ema_decoder"], card=model_card(state))
         except RuntimeError as error:  # a fork's own encoder or decoder
             print(f"no diffusers folder: AutoencoderTiny cannot express this student ({str(error).splitlines()[0]})")

@@ -58,6 +58,20 @@ def test_a_run_deletes_nobody_s_folder(tmp_path):
     assert (tmp_path / "out" / "diffusers" / ".git").is_dir()
 
 
+@pytest.mark.parametrize("name", ["notes.txt", ".DS_Store"])
+def test_a_file_that_appears_beside_an_export_ends_no_run(name, stepped, tmp_path, capsys):
+    scope, out = stepped.after, tmp_path / "out"
+    out.mkdir()
+    for _ in range(2):
+        settings = scope.settings | {"out_dir": str(out)}
+        support_run.save_run(settings, scope.shape, scope.parts, scope.progress, scope.held_out.real)
+        (out / "diffusers" / name).write_text("somebody's, or the file manager's")
+    foreign = name == "notes.txt"
+    assert (out / "ckpt_previous.pt").exists() and ("left as it is" in capsys.readouterr().out) == foreign
+    if foreign:
+        assert (out / "diffusers" / name).exists() and (out / "diffusers" / "config.json").exists()
+
+
 @pytest.mark.parametrize("links", [1, 2])
 def test_links_to_folders_are_walked_once(links, tmp_path):
     photos = pictures(tmp_path / "photos", 20)
