@@ -1,4 +1,4 @@
-"""Training crops: from a folder of images, or, without one, from an endless stream of synthetic "dead leaves".
+"""Training crops from a folder of images; without one, from thirty bundled photographs.
 
 The only file that opens images. Batches leave here as uint8 RGB, NCHW; batch k is a pure function of (seed, k).
 
@@ -20,7 +20,6 @@ from PIL import Image, ImageOps
 from support.colors import in_srgb, resizable
 from support.configure import configure, require_positive, stop
 from support.packs import Pack, is_pack, write_pack
-from support.synthetic import dead_leaves
 
 # -----------------------------------------------------------------------------
 # settings of `python data.py`
@@ -35,22 +34,24 @@ warnings.filterwarnings("ignore", module="PIL")  # one for every odd file: those
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST = 16  # pixels of the shorter side of an image that is used
 HELD_OUT = 0.05  # share of a folder that is never trained on
-SYNTHETIC_VAL_SEED = 2**32 - 1  # training seeds are smaller: held-out leaves never appear in training
+PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "photos")  # to try things out; val/ in it
 
 
 class Images:
-    """A folder of images, or the synthetic stream where `folder` is ''. Held-out files are chosen by the CRC of their
-    name, so that the split stays when files are added. `val_folder`: its images are held out instead, none of folder's.
+    """A folder of images, or the bundled photographs where `folder` is ''. Held-out files are chosen by the CRC of
+    their name, so that the split stays when files are added. `val_folder`: its images are held out instead.
 
     Unreadable files are reported once, then skipped; more of them than readable ones stop the program.
     """
     def __init__(self, folder="", val_folder=""):
+        self.bundled = not folder
+        folder, val_folder = folder or PHOTOS, val_folder or os.path.join(PHOTOS, "val") * self.bundled
         self.bad, self.lock = {}, threading.Lock()  # path: why it cannot be read
         self.bad_held_out = 0
         self.packs = [Pack(each) for each in (folder, val_folder) if is_pack(each)]
-        self.train = find_images(folder) if folder else []
+        self.train = find_images(folder)
         self.val = [val_folder] if os.path.isfile(val_folder) else find_images(val_folder) if val_folder else []
-        if self.train and not self.val:
+        if not self.val:
             crc = {path: name_crc(path, folder) for path in self.train}
             threshold = max(HELD_OUT * 2**32, min(crc.values()))  # at least one
             self.val = [path for path in self.train if crc[path] <= threshold]
@@ -61,12 +62,12 @@ class Images:
             print(f"warning: {folder} may hold held-out images: {len(twins)} of its names are also in {val_folder}, "
                   f"for example {os.path.basename(twins[0])}", file=sys.stderr)
         self.val.sort(key=lambda path: name_crc(path, val_folder or folder))  # as good as shuffled, the same everywhere
-        if folder and not self.train:
+        if not self.train:
             stop(f"--data_dir={folder}: nothing to train on: at least two images are needed, one of them is held out")
 
     def __str__(self):
-        return (f"{len(self.train):,} to train on, {len(self.val):,} held out" if self.train else
-                "synthetic dead leaves, to try things out: a real run wants --data_dir=a folder of images")
+        return (f"{len(self.train):,} to train on, {len(self.val):,} held out"
+                + "; bundled, to try things out: a real run wants --data_dir=a folder of images" * self.bundled)
 
     def read(self, path, size, rng):
         """A random crop of the file as [size,size,3] uint8 (rng=None: the centre square); None if it is unreadable."""
@@ -83,8 +84,6 @@ class Images:
 
     def crop(self, size, rng):
         """One random training crop, [size,size,3] uint8."""
-        if not self.train:
-            return dead_leaves(size, rng)
         while True:
             if len(self.bad) - self.bad_held_out > len(self.train) / 2:
                 stop(f"more than half of the image files cannot be read, for example {self.a_bad_one()}")
@@ -103,10 +102,6 @@ class Images:
     def held_out(self, n, size):
         """The first n readable held-out images as centre squares, [n,3,size,size] uint8."""
         found = []
-        if not self.val:
-            rngs = [np.random.default_rng([SYNTHETIC_VAL_SEED, i]) for i in range(n)]
-            with ThreadPoolExecutor() as pool:
-                found = list(pool.map(lambda rng: dead_leaves(size, rng), rngs))
         for path in self.val:
             if len(found) < n and (square := self.read(path, size, None)) is not None:
                 found.append(square)

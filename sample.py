@@ -223,7 +223,7 @@ def main():
     path = os.path.join(out_dir, "samples", "sample.png")
     picture({"original": real} | {label: row[0] for label, row in rows.items()} | colors, path)
     print(f"{out_dir}: step {checkpoint['step']}, teacher {name}" if checkpoint else f"teacher {name}: {vae}", end="")
-    print(f"; {len(real)} images ({images or ('held out' if checkpoint else 'synthetic')}) of {real.shape[-1]}x"
+    print(f"; {len(real)} images ({images or ('held out' if checkpoint else 'bundled')}) of {real.shape[-1]}x"
           f"{real.shape[-1]}, {place} {vae.dtype}\n".replace("torch.", ""))
     if not checkpoint:
         print("latents by channel; within a factor of two or so of 0 and 1 if the scale is right:")

@@ -16,14 +16,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: of steps so tiny, threads make slower ones
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from PIL import Image
+from PIL import Image, ImageOps
 
 import model
-from support import files, synthetic
+from data import PHOTOS
+from support import files
 from teacher import Teacher
 
 HERE = Path(__file__).resolve().parent
@@ -63,14 +63,19 @@ def records(out_dir):
     return [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
 
 
+def photo(i, side):
+    """A bundled photograph, side x side pixels of it."""
+    with Image.open(sorted(Path(PHOTOS).glob("*.jpg"))[i]) as image:
+        return ImageOps.fit(image, (side, side))
+
+
 @functools.cache  # one for this file and those in tests/
 def trained_once():
     temporary = tempfile.TemporaryDirectory()  # which is removed at the end
     pictures, out = Path(temporary.name) / "pictures", Path(temporary.name) / "run" / "out"
     (pictures / "deeper").mkdir(parents=True)
     for i in range(24):
-        leaves = Image.fromarray(synthetic.dead_leaves(80, np.random.default_rng(i)))
-        leaves.save(pictures / ("deeper" if i % 2 else ".") / f"{i}.{('jpg', 'PNG', 'webp', 'JPEG')[i % 4]}")
+        photo(i, 80).save(pictures / ("deeper" if i % 2 else ".") / f"{i}.{('jpg', 'PNG', 'webp', 'JPEG')[i % 4]}")
     (pictures / "broken.jpg").write_text("not an image")
     output = run("train.py", *TINY, f"--data_dir={pictures}", f"--out_dir={out}", "--max_iters=120",
                  "--eval_interval=40", "--learning_rate=3e-3")

@@ -1,4 +1,4 @@
-# A minute or two on a CPU, no data, no downloads: a half-width student of the toy VAE, from synthetic pictures.
+# A minute or two on a CPU, no data, no downloads: a half-width student of the toy VAE, on bundled photographs.
 out_dir = "out-quick"
 crop = 64
 width = 32

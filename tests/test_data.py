@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,10 +65,12 @@ def test_held_out_files_stay_held_out(tiny_run, tmp_path):
     assert len(inside.train) == 13 and len(inside.val) == 12 and not set(inside.train) & set(inside.val)
 
 
-def test_synthetic_pictures_are_held_out_too():
-    held_out = data.Images().held_out(2, 32)
-    assert torch.equal(held_out, data.Images().held_out(2, 32)) and held_out.shape == (2, 3, 32, 32)
-    assert not torch.equal(held_out[:1], data.Images().batch(32, 1, 0, [0, 1])) and not torch.equal(*held_out)
+def test_of_the_bundled_photographs_some_are_held_out():
+    images = data.Images()
+    assert len(images.train) == 24 and len(images.val) == 6 and not set(images.train) & set(images.val)
+    assert images.held_out(8, 32).shape == (6, 3, 32, 32)
+    notice = Path(data.PHOTOS, "NOTICE").read_text(encoding="utf-8")
+    assert "Unsplash License" in notice and sum(map(os.path.getsize, data.find_images(data.PHOTOS))) < 1.5e6
 
 
 # kinds of files

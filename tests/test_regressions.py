@@ -13,15 +13,15 @@ from PIL import Image
 import data
 import model
 import sample
-from support import configure, files, packs, report, run as support_run, synthetic
-from test_smoke import HERE, TINY, records, start, train
+from support import configure, files, packs, report, run as support_run
+from test_smoke import HERE, TINY, photo, records, start, train
 from tools import reference
 
 
 def pictures(folder, n=4, side=64):
     folder.mkdir(parents=True)
     for i in range(n):
-        Image.fromarray(synthetic.dead_leaves(side, np.random.default_rng(i))).save(folder / f"{i}.png")
+        photo(i, side).save(folder / f"{i}.png")
     return folder
 
 

@@ -15,21 +15,18 @@ import sys
 import tempfile
 import time
 
-import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image
 
-from data import find_images
+from data import PHOTOS, find_images
 from model import Decoder, Discriminator, Encoder
 from support.configure import configure, pick_device, pick_dtype, require_positive
-from support.synthetic import dead_leaves
 from tools.reference import reference_loop, reference_teacher
 
 # -----------------------------------------------------------------------------
 # settings
 teacher = "sdxl-random"    # a VAE of SDXL's size with random weights, on which speed does not depend; or as in train.py
-data_dir = ""              # folder of images; '' = 24 synthetic pictures of 512 pixels, written as JPEG
+data_dir = ""              # folder of images; '' = the bundled photographs
 crop = 96                  # training crop in pixels
 batch_size = 8             # crops a step
 pairs = 5                  # times that each takes its turn
@@ -125,7 +122,7 @@ def time_reference(loop):
 def main():
     require_positive(globals(), "pairs", "steps", "batch_size", "crop")
     with tempfile.TemporaryDirectory() as folder:
-        name, data = teacher, data_dir
+        name, data = teacher, data_dir or PHOTOS
         if teacher == "sdxl-random":
             from diffusers import AutoencoderKL
             name = os.path.join(folder, "vae")
@@ -133,12 +130,6 @@ def main():
                                 layers_per_block=2, block_out_channels=(128, 256, 512, 512), scaling_factor=0.13025,
                                 force_upcast=False)
             vae.save_pretrained(name)
-        if not data:
-            data = os.path.join(folder, "pictures")
-            os.mkdir(data)
-            for i in range(24):
-                leaves = Image.fromarray(dead_leaves(512, np.random.default_rng(i)))
-                leaves.save(os.path.join(data, f"{i}.jpg"), quality=95)
         place = pick_device(device)
         print(f"torch {torch.__version__}, {place}, {torch.get_num_threads()} CPU threads; teacher {teacher}, {crop} "
               f"pixels, batch {batch_size}; images/s; a pair takes minutes on a CPU", flush=True)

@@ -9,7 +9,7 @@ from support.configure import configure, require_positive
 
 # -----------------------------------------------------------------------------
 # settings
-data_dir = ""              # folder of images, searched recursively, or a pack; '' = synthetic
+data_dir = ""              # folder of images, searched recursively, or a pack; '' = the bundled photographs
 crop = 192                 # side of the crops in pixels
 seconds = 5.0              # for so long
 # -----------------------------------------------------------------------------
@@ -22,4 +22,4 @@ if __name__ == "__main__":
         images.batch(crop, 8, 0, [0, made])
         made += 8
     rate = made / (time.time() - started)
-    print(f"{data_dir or 'synthetic'}: {rate:.1f} crops of {crop} pixels a second, one thread")
+    print(f"{data_dir or 'bundled photographs'}: {rate:.1f} crops of {crop} pixels a second, one thread")

@@ -20,7 +20,7 @@ from teacher import Teacher
 # -----------------------------------------------------------------------------
 # settings
 out_dir = "vae"            # the VAE goes here: a diffusers folder, ready for train.py --teacher=
-data_dir = ""              # folder of images, searched recursively; '' = synthetic
+data_dir = ""              # folder of images, searched recursively; '' = the bundled photographs
 val_dir = ""               # folder of held-out images; '' = 5% of data_dir
 factor = 8                 # pixels per latent along each side: 4, 8, 16, 32
 latent_channels = 4        # channels of the latent
