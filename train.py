@@ -33,6 +33,7 @@ from model import Decoder, Discriminator, Encoder, convolutions, optimizer_of
 from recipes import published
 from sample import HeldOut
 from support.configure import configure, pick_compile, pick_device, pick_dtype
+from support.donor import adapt
 from support.report import Interrupt, Report, explain_out_of_memory, introduce
 from support.run import Progress, check_fit, check_losses, check_settings, open_run, restore, save_run
 from teacher import Teacher
@@ -41,11 +42,11 @@ from teacher import Teacher
 # the settings: `name = default  # help` is a flag, --name=value, and may stand in a recipe. All three parts are needed
 # run
 out_dir = "out"              # checkpoint, exports, pictures and log.jsonl go here
-init_from = "scratch"        # scratch; resume (out_dir); or weights: another run, a taesd.py file, an AutoencoderTiny
-max_iters = 300_000          # steps; seraena's example trains about this many at 96 pixels
+init_from = "scratch"        # scratch; donor (bundled); resume; or another run, a taesd.py file, an AutoencoderTiny
+max_iters = 300_000          # steps; seraena's example trains about this many at 96 pixels; 0 = only start and export
 seed = 0                     # of weights, crops and replay
 # data
-data_dir = ""                # folder of images, searched recursively; '' = synthetic dead leaves, to try things out
+data_dir = ""                # folder of images, searched recursively; '' = thirty bundled ones, to try things out
 val_dir = ""                 # folder of held-out images; '' = 5% of data_dir, chosen by file name
 crop = 96                    # training crop in pixels, a multiple of the teacher's factor; finish a long run at 256
 window = 256                 # crops are cut from squares of at most this side, which the teacher encodes whole; 0 = no
@@ -76,7 +77,7 @@ frequency_weight = 0.0       # L1 of the amplitudes of the 2-D Fourier transform
 lpips_weight = 0.0           # perceptual distance, from the lpips package
 # optimizer
 optimizer = "muon"           # muon, with Adam for all but hidden layers; adam (as TAESD's author) or adamw (as seraena)
-learning_rate = 1e-3         # of encoder and decoder; 1e-4 if init_from names weights and no flag says otherwise
+learning_rate = 1e-3         # of encoder and decoder; 1e-4 from weights of this teacher, if no flag says otherwise
 discriminator_lr = 1e-3      # of the discriminator
 cooldown = 0.5               # share of max_iters over which, at the end, the learning rates fall to 0
 ema_halflife = 10_000        # images after which a weight counts half in the average that is exported; 0 = no average
@@ -275,6 +276,8 @@ def half_old(fakes, latents):
 parts = networks | {"student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer,
                     "scaler": scaler, "pool": pool, "replay": replay}
 if checkpoint:
+    checkpoint = adapt(checkpoint, shape, networks, vae, images, settings, amp)  # to this teacher's latents
+    learning_rate = settings["learning_rate"]  # it depends on whether they had to be learned
     restore(checkpoint, parts, progress, settings, shape, device)  # all, or the weights alone, D's too if they fit
     del checkpoint  # frees its memory
 
@@ -307,7 +310,8 @@ stopping = Interrupt()  # true after Ctrl-C
 
 # -----------------------------------------------------------------------------
 # the loop
-while True:
+last = progress.step == max_iters
+while not last:
     real, latent = get_batch()
     terms, loss = {}, 0.0  # the terms are reported by their names; the loss is what the student minimises
 
@@ -371,8 +375,6 @@ while True:
             evaluate()
         save_run(settings, shape, parts, progress, held_out.real)
         report.clock = time.time()  # the pause does not count
-    if last:
-        break
 
 loader.close()
 report.end(stopped=bool(stopping))

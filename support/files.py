@@ -17,6 +17,7 @@ from model import Clamp, Decoder, Encoder
 from support.configure import stop
 from support.hub import is_hub_id, load_autoencoder
 
+DONOR = os.path.join(os.path.dirname(__file__), "..", "assets", "donor", "taesd_encoder.pth")
 DIFFUSERS_FILES = ("README.md", "config.json", "diffusion_pytorch_model.safetensors")
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # of file managers: to look into a folder must not make it another's
 
@@ -97,13 +98,13 @@ def load_checkpoint(out_dir, set_aside=False):
 
 def load_student(source, flag="--init_from"):
     """The student of a run's out_dir, of taesd.py files (the path of one; its partner is taken where it lies beside
-    it), or of an AutoencoderTiny (a diffusers folder or a hub id).
+    it), of an AutoencoderTiny (a diffusers folder or a hub id), or the bundled one, `donor`.
 
     Returns what `load_checkpoint` does, of others than runs only "shape", "ready" and the halves that there are.
     """
     if any(map(os.path.isfile, checkpoint_paths(source))):
         return load_checkpoint(source)
-    halves = {}
+    source, halves = DONOR if source == "donor" else source, {}
     if source.endswith(".pth"):
         folder, name = os.path.split(source)
         for half in ("encoder", "decoder"):
@@ -111,8 +112,8 @@ def load_student(source, flag="--init_from"):
             if path == source or os.path.isfile(path):
                 halves[half] = load_taesd(path)
     elif not os.path.isdir(source) and not is_hub_id(source) or os.path.isfile(source):
-        stop(f"{flag}={source}: no such weights; it takes a run's out_dir, a taesd.py .pth file, an AutoencoderTiny "
-             f"folder or a hub id owner/repo")
+        stop(f"{flag}={source}: no such weights; it takes donor, a run's out_dir, a taesd.py .pth file, an "
+             f"AutoencoderTiny folder or a hub id owner/repo")
     else:
         vae = load_autoencoder(source, ("AutoencoderTiny",), torch.float32, f"{flag}={source}")
         try:

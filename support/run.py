@@ -31,7 +31,7 @@ def check(settings, rules):
 
 def check_settings(settings):
     """Stop with one line at a setting that makes no sense, before anything is loaded."""
-    require_positive(settings, "max_iters", "batch_size", "workers", "width", "log_interval", "eval_interval",
+    require_positive(settings, "batch_size", "workers", "width", "log_interval", "eval_interval",
                      "eval_images", "learning_rate", "discriminator_lr")
     s = SimpleNamespace(**settings)
     judged = s.train_encoder and s.train_decoder and s.adversarial_weight > 0 and s.latent_noise == 0
@@ -47,6 +47,8 @@ def check_settings(settings):
         ("adversarial_form", s.adversarial_form in ("squares", *FORMS), one_of("squares", *FORMS)),
         ("adversarial_scaling", s.adversarial_scaling in ("none", *SCALINGS), one_of("none", *SCALINGS)),
         ("variant", s.variant in ("auto", *VARIANTS), one_of("auto", *VARIANTS)),
+        ("max_iters", s.max_iters > 0 or s.init_from not in ("scratch", "resume"),
+         "must be more than 0, unless --init_from= names weights to start from, --init_from=donor for one"),
         ("train_decoder", s.train_encoder or s.train_decoder, "nothing is left to train: train_encoder is false, too"),
         ("encoder_adversarial_weight", s.encoder_adversarial_weight == 0 or judged,
          "needs train_encoder, train_decoder and adversarial_weight, and latent_noise=0; "
@@ -76,7 +78,7 @@ def check_fit(settings, vae):
         ("crop", settings["crop"] >= 16 and settings["crop"] % vae.multiple == 0, rule),
         ("eval_size", settings["eval_size"] >= 16 and settings["eval_size"] % vae.multiple == 0, rule),
         ("variant", settings["variant"] != "f32" or vae.factor == 32,
-         f"is for factor 32, the teacher's is {vae.factor}"),
+         f"is for factor 32, the teacher's is {vae.factor}; --variant=plain suits any"),
     ])
 
 
@@ -114,6 +116,7 @@ def open_run(settings, by_file, by_flag):
         checkpoint = load_student(init_from)
         brought = {"width": checkpoint["shape"]["width"], "teacher": checkpoint.get("settings", settings)["teacher"]}
         smaller = {"learning_rate": 1e-4}  # what is learned already is lost in larger steps: a recipe's are for scratch
+        checkpoint["full_rate"] = (settings | by_file | by_flag)["learning_rate"]  # if it is another VAE's student
     settings |= brought | by_file | smaller | by_flag
     for name in ("teacher", "data_dir", "val_dir"):  # so that sample.py and resume may be called from another folder
         if settings[name] not in NAMES and os.path.exists(settings[name]):

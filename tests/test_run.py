@@ -207,7 +207,8 @@ def test_released_weights_are_a_start(tmp_path):
     assert first == pytest.approx(goal, abs=0.05) and last > first - 0.2
     before, after = load(released / "taesana_encoder.pth"), load(tmp_path / "f32" / "taesd_encoder.pth")
     assert before.keys() == after.keys()
-    assert all(0 < (before[key].float() - after[key]).abs().max() < 0.01 for key in before)
+    kept = list(before)[:-2]  # the last layer was solved: that VAE's weights are random
+    assert all(0 < (before[key].float() - after[key]).abs().max() < 0.01 for key in kept)
 
 
 # torch.compile, profile
