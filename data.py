@@ -105,7 +105,7 @@ class Images:
         for path in self.val:
             if len(found) < n and (square := self.read(path, size, None)) is not None:
                 found.append(square)
-        self.bad_held_out = len(self.bad)
+        self.bad_held_out = sum(path in self.bad for path in self.val)
         if not found:
             stop(f"none of {len(self.val)} held-out images can be read, for example {self.a_bad_one()}; remove "
                  f"them, or name others with --val_dir=")

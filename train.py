@@ -58,8 +58,8 @@ workers = 4                  # threads that read images
 teacher = "toy"              # toy, sd, sd-mse, sdxl, a diffusers folder, a hub id, a .safetensors file, a taesd.py .pth
 variant = "auto"             # plain (TAESD), midblock_gn (FLUX.2), f32 (Sana); auto: as init_from or the teacher has it
 width = 64                   # channels of the student, unless init_from has others; 32 or 16 for phones and CPUs
-train_encoder = True         # false = leave the encoder as init_from has it
-train_decoder = True         # false = leave the decoder as init_from has it
+train_encoder = True         # false = leave the encoder as init_from has it, or as it was solved
+train_decoder = True         # false = leave the decoder as init_from has it, or as it was solved
 # losses: the weight of each term; 0 = off, and not computed
 adversarial_weight = 1.0     # D must not tell the fake from the real image
 lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours

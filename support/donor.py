@@ -16,13 +16,13 @@ from model import parameters
 from support.configure import stop
 from support.files import student
 
-AT_ONCE = 8  # pictures
+AT_ONCE = 4  # pictures: no more memory than an evaluation takes
 
 
 class LeastSquares:
     """Ridge regression of y [N,K,h,w] on the 3x3 patches of x [N,C,h,w]: a convolution, from pairs added in turn."""
     def __init__(self):
-        self.products = 0.0  # of all columns with each other: those of the patches, of ones, of y
+        self.products = 0.0  # X'X in float64, where a row of X is a patch, a one and the values of y there
 
     def add(self, x, y):
         x, y = F.unfold(x.float(), 3, padding=1), y.float().flatten(2)
@@ -37,7 +37,7 @@ class LeastSquares:
         if conv.bias is not None:
             moments = moments - torch.outer(means, means)
         xx, xy, yy = moments[:n, :n], moments[:n, n + 1:], moments[n + 1:, n + 1:]
-        weights = torch.linalg.solve(xx + ridge * xx.diagonal().mean() * torch.eye(n), xy)
+        weights = torch.linalg.solve(xx + ridge * xx.diagonal().mean().clamp(min=1e-6) * torch.eye(n), xy)
         with torch.no_grad():
             conv.weight.copy_(weights.T.reshape(conv.weight.shape))
             if conv.bias is not None:
@@ -50,54 +50,66 @@ def solvable(layer):
             and layer.groups == 1)
 
 
-def fits(pair):
-    """May the weights of the second layer go into the first? GroupNorm branches that it lacks are silent at first."""
-    new, old = ({name: weight.shape for name, weight in layer.state_dict().items()} for layer in pair)
-    return (type(pair[0]) is type(pair[1]) and old.items() <= new.items()
-            and all("pool" in name for name in new.keys() - old.keys())
-            and getattr(pair[0], "stride", 0) == getattr(pair[1], "stride", 0))
+def fits(new, old):
+    """May the weights of layer `old` go into `new`? GroupNorm branches that only `new` has are silent at first."""
+    shapes, theirs = ({name: weight.shape for name, weight in layer.state_dict().items()} for layer in (new, old))
+    return (type(new) is type(old) and getattr(new, "stride", 0) == getattr(old, "stride", 0)
+            and theirs.items() <= shapes.items() and all("pool" in name for name in shapes.keys() - theirs.keys()))
 
 
 def keep(new, old):
     """Copy layers, from the first on, for as long as they have a counterpart; returns those that now hold copies."""
-    pairs = list(takewhile(fits, zip(new, old)))
+    pairs = list(takewhile(lambda pair: fits(*pair), zip(new, old)))
     for layer, donor in pairs:
         layer.load_state_dict(donor.state_dict(), strict=False)
     return [layer for layer, _ in pairs]
 
 
-def graft_encoder(new, old):
-    """Returns the layer to solve, the layers before it, and the share of weights that are the donor's."""
-    kept = keep(new[:-1], old[:-1])
-    return new[-1], new[:-1], sum(map(parameters, kept)) / parameters(new)
+def solve_encoder(new, old, pictures, latents, theirs, amp):
+    """Its last convolution, on what enters that. Returns R2, and the share of its weights that are the donor's."""
+    kept, squares = keep(new[:-1], old[:-1]), LeastSquares()
+    for picture, latent in zip(pictures, latents):
+        with amp:
+            features = new[:-1](picture)
+        squares.add(features, latent)
+    return squares.solve(new[-1]), sum(map(parameters, kept)) / parameters(new)
 
 
-def graft_decoder(new, old):
-    """Likewise, and what of the donor makes the target from its latents: layers are kept from the image's side on."""
+def solve_decoder(new, old, pictures, latents, theirs, amp):
+    """Likewise: layers are kept from the image back, and the convolution before them is solved to give what they got in
+    the donor. In one of a larger factor no ReLU stood at that place: what is negative is lost, which costs nothing."""
     start = len(new) - len(keep(new[2:][::-1], old[2:][::-1]))  # not the Clamp and the first convolution
     while not solvable(new[start - 1]) and not isinstance(new[start - 1], nn.ReLU):
         start += 1  # to the next layer that gets what a convolution gives, if need be through a ReLU
-    solved = start - 1 - isinstance(new[start - 1], nn.ReLU)
-    return new[solved], new[:solved], sum(map(parameters, new[start:])) / parameters(new), old[:start - len(new)]
+    solved, squares = start - 1 - isinstance(new[start - 1], nn.ReLU), LeastSquares()
+    for latent, their_latent in zip(latents, theirs):
+        with amp:
+            features, goal = new[:solved](latent), old[:start - len(new)](their_latent)
+        squares.add(features, goal)
+    return squares.solve(new[solved]), sum(map(parameters, new[start:])) / parameters(new)
 
 
 @torch.no_grad()
 def adapt(checkpoint, shape, networks, vae, images, settings, amp):
     """The checkpoint as it is, if its student is this teacher's; if it is another's, with a student whose layers next
-    to the latents are solved for this one. `networks` are fresh: layers without a counterpart stay as they are there.
+    to the latents are solved for this one; then settings["learning_rate"] becomes that of a run from scratch.
+
+    networks: fresh; layers without a counterpart in the donor stay as they are there. amp: the autocast to compute in.
     """
-    source, theirs, started = f"--init_from={settings['init_from']}", checkpoint["shape"], time.time()
+    source, started = f"--init_from={settings['init_from']}", time.time()
     same_teacher = checkpoint.get("settings", {}).get("teacher") == settings["teacher"]
-    if settings["init_from"] == "resume" or theirs == shape and same_teacher:
+    if settings["init_from"] == "resume" or checkpoint["shape"] == shape and same_teacher:
         return checkpoint
-    if theirs["width"] != shape["width"]:
-        stop(f"--width={shape['width']}: the student of {source} has {theirs['width']} channels and keeps them; from "
-             f"scratch any width will do")
+    if checkpoint["shape"]["width"] != shape["width"]:
+        stop(f"--width={shape['width']}: the student of {source} has {checkpoint['shape']['width']} channels and keeps "
+             f"them; from scratch any width will do")
     try:
-        donor = {half: network.to(vae.device, memory_format=torch.channels_last)
-                 for half, network in student(checkpoint).items()}
-    except RuntimeError as error:  # a fork's own
+        donor = student(checkpoint)
+    except Exception as error:  # a fork's own: weights or arguments that are unknown here
         stop(f"{source}: its student does not fit Encoder and Decoder ({' '.join(str(error).split())[:200]})")
+    new = {half: copy.deepcopy(networks[half]) for half in donor}
+    for network in donor.values():
+        network.to(vae.device, memory_format=torch.channels_last)
     side = max(1, 256 // vae.multiple) * vae.multiple
 
     def batch(k):
@@ -105,36 +117,32 @@ def adapt(checkpoint, shape, networks, vae, images, settings, amp):
         pictures = pictures.to(vae.device, memory_format=torch.channels_last) / 255
         return pictures, vae.encode(pictures)
 
-    def speaks(pictures, latent):  # does it know the latents already? Its files may not say of which VAE they are
-        return "encoder" not in donor or F.mse_loss(donor["encoder"](pictures), latent) < 0.5 * latent.var()
-    if theirs == shape and speaks(*batch(0)):
-        return checkpoint
+    def speaks(pictures, latent):  # does it know the latents already? Files do not say of which VAE they are
+        if "encoder" not in donor:
+            return "settings" not in checkpoint
+        return F.mse_loss(donor["encoder"](pictures), latent) < 0.5 * latent.var()
+    if not all(isinstance(network, nn.Sequential) for network in new.values()):
+        stop(f"{source}: is not of this teacher; to be solved for it, Encoder and Decoder must be nn.Sequential")
+    whole = all(len(keep(new[half], donor[half])) == len(new[half]) for half in new)
+    if whole and (same_teacher or speaks(*batch(0))):  # another variant, perhaps
+        return checkpoint | {"shape": shape} | {f"ema_{half}": network.state_dict() for half, network in new.items()}
     if "encoder" not in donor:
-        stop(f"{source}: is a decoder of another VAE; to solve it for this one, its encoder must lie beside it")
+        stop(f"{source}: is a decoder of another VAE; to solve it for this one its encoder is needed, too")
+    if not solvable(new["encoder"][-1]):
+        stop(f"{source}: is not of this teacher; to be solved for it, Encoder must end in a 3x3 convolution")
 
-    new = {half: copy.deepcopy(networks[half]) for half in donor}
-    if not all(isinstance(network, nn.Sequential) for network in new.values()) or not solvable(new["encoder"][-1]):
-        stop(f"{source}: is of another VAE, and only students whose last and first layers are 3x3 convolutions can be "
-             f"solved for this one")
-    squares = {half: LeastSquares() for half in new}
-    last, before_last, kept = graft_encoder(new["encoder"], donor["encoder"])
-    if "decoder" in new:
-        first, before_first, kept_of_decoder, target = graft_decoder(new["decoder"], donor["decoder"])
     n = 4 * vae.factor  # pictures, so that there are many more latents than weights; more than that gain nothing
-    for k in range(n // AT_ONCE):
-        pictures, latent = batch(k)
-        with amp:
-            features, its_latent = before_last(pictures), donor["encoder"](pictures).float()
-            pairs = {"encoder": (features, latent)}
-            if "decoder" in new:
-                pairs["decoder"] = before_first(latent), target(its_latent)
-        for half, (x, y) in pairs.items():
-            squares[half].add(x, y)
-    told = [f"encoder R² {squares['encoder'].solve(last):.2f}, {kept:.0%} of it kept"]
-    if "decoder" in new:
-        told.append(f"decoder R² {squares['decoder'].solve(first):.2f}, {kept_of_decoder:.0%} kept")
-    print(f"donor     {settings['init_from']}, of another VAE: the layers that touch the latents are solved on {n} "
-          f"pictures, {'; '.join(told)}; {time.time() - started:.0f} s", flush=True)
-    settings["learning_rate"] = checkpoint["full_rate"]  # there is much to learn
-    return checkpoint | {"shape": shape, "images_averaged": 0, "discriminator": None} | {
-        f"ema_{half}": network.state_dict() for half, network in new.items()}
+    pictures, latents = zip(*[batch(k) for k in range(n // AT_ONCE)])
+    with amp:
+        theirs = [donor["encoder"](each).float() for each in pictures]
+    solve, told = {"encoder": solve_encoder, "decoder": solve_decoder}, []
+    for half in new:
+        r2, share = solve[half](new[half], donor[half], pictures, latents, theirs, amp)
+        told.append(f"{half} R2 {r2:.2f}, {share:.1%} of its weights kept")
+    print(f"donor     {settings['init_from']}, not of this teacher: the layers that touch the latents are solved on {n}"
+          f" pictures; {'; '.join(told)}; {time.time() - started:.0f} s", flush=True)
+    if not all(weight.isfinite().all() for network in new.values() for weight in network.parameters()):
+        stop(f"{source}: the solved weights are not finite; --dtype=float32 may help")
+    settings["learning_rate"] = checkpoint["rate_from_scratch"]
+    weights = {f"ema_{half}": network.state_dict() for half, network in new.items()}
+    return weights | {"shape": shape, "ready": list(new), "images_averaged": 0}  # and a fresh discriminator

@@ -47,7 +47,7 @@ def check_settings(settings):
         ("adversarial_form", s.adversarial_form in ("squares", *FORMS), one_of("squares", *FORMS)),
         ("adversarial_scaling", s.adversarial_scaling in ("none", *SCALINGS), one_of("none", *SCALINGS)),
         ("variant", s.variant in ("auto", *VARIANTS), one_of("auto", *VARIANTS)),
-        ("max_iters", s.max_iters > 0 or s.init_from not in ("scratch", "resume"),
+        ("max_iters", s.max_iters > 0 or s.init_from != "scratch",
          "must be more than 0, unless --init_from= names weights to start from, --init_from=donor for one"),
         ("train_decoder", s.train_encoder or s.train_decoder, "nothing is left to train: train_encoder is false, too"),
         ("encoder_adversarial_weight", s.encoder_adversarial_weight == 0 or judged,
@@ -116,7 +116,7 @@ def open_run(settings, by_file, by_flag):
         checkpoint = load_student(init_from)
         brought = {"width": checkpoint["shape"]["width"], "teacher": checkpoint.get("settings", settings)["teacher"]}
         smaller = {"learning_rate": 1e-4}  # what is learned already is lost in larger steps: a recipe's are for scratch
-        checkpoint["full_rate"] = (settings | by_file | by_flag)["learning_rate"]  # if it is another VAE's student
+        checkpoint["rate_from_scratch"] = settings["learning_rate"]  # for support/donor.py
     settings |= brought | by_file | smaller | by_flag
     for name in ("teacher", "data_dir", "val_dir"):  # so that sample.py and resume may be called from another folder
         if settings[name] not in NAMES and os.path.exists(settings[name]):
@@ -163,7 +163,8 @@ def restore(checkpoint, parts, progress, settings, shape, device):
         print(f"weights   {names} of {init_from}; losses and optimizer are those of this command")
         if set(progress.ready) <= set(checkpoint["ready"]):  # others' count as an average at its full length
             progress.images_averaged = checkpoint.get("images_averaged", 10 * settings["ema_halflife"])
-    progress.ready = sorted({*progress.ready, *checkpoint["ready"]})
+    trained = progress.ready if settings["max_iters"] else []
+    progress.ready = sorted({*trained, *checkpoint["ready"]})
 
 
 def random_state(device):
