@@ -140,7 +140,7 @@ def adapt(checkpoint, shape, networks, vae, images, settings, amp):
         r2, share = solve[half](new[half], donor[half], pictures, latents, theirs, amp)
         told.append(f"{half} R2 {r2:.2f}, {share:.1%} of its weights kept")
     print(f"donor     {settings['init_from']}, not of this teacher: the layers that touch the latents are solved on {n}"
-          f" pictures; {'; '.join(told)}; {time.time() - started:.0f} s", flush=True)
+          f" crops; {'; '.join(told)}; {time.time() - started:.0f} s", flush=True)
     if not all(weight.isfinite().all() for network in new.values() for weight in network.parameters()):
         stop(f"{source}: the solved weights are not finite; --dtype=float32 may help")
     settings["learning_rate"] = checkpoint["rate_from_scratch"]

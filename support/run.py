@@ -158,6 +158,7 @@ def restore(checkpoint, parts, progress, settings, shape, device):
         for name in vars(progress).keys() - {"ready"}:  # a counter that is newer than the run starts at its default
             setattr(progress, name, checkpoint.get(name, getattr(progress, name)))
         set_random_state(checkpoint, device)
+        print(f"resume    {out_dir}, after step {progress.step:,}")
     else:
         names = ", ".join(name for name in loaded if not name.startswith("ema"))
         print(f"weights   {names} of {init_from}; losses and optimizer are those of this command")
