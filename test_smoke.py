@@ -22,7 +22,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image, ImageOps
 
 import model
-from data import PHOTOS
+from data import PHOTOS, find_images
 from support import files
 from teacher import Teacher
 
@@ -63,19 +63,14 @@ def records(out_dir):
     return [json.loads(line) for line in open(out_dir / "log.jsonl", encoding="utf-8")]
 
 
-def photo(i, side):
-    """A bundled photograph, side x side pixels of it."""
-    with Image.open(sorted(Path(PHOTOS).glob("*.jpg"))[i]) as image:
-        return ImageOps.fit(image, (side, side))
-
-
 @functools.cache  # one for this file and those in tests/
 def trained_once():
     temporary = tempfile.TemporaryDirectory()  # which is removed at the end
     pictures, out = Path(temporary.name) / "pictures", Path(temporary.name) / "run" / "out"
     (pictures / "deeper").mkdir(parents=True)
-    for i in range(24):
-        photo(i, 80).save(pictures / ("deeper" if i % 2 else ".") / f"{i}.{('jpg', 'PNG', 'webp', 'JPEG')[i % 4]}")
+    for i, photo in enumerate(find_images(PHOTOS)[:24]):
+        name = f"{i}.{('jpg', 'PNG', 'webp', 'JPEG')[i % 4]}"
+        ImageOps.fit(Image.open(photo), (80, 80)).save(pictures / ("deeper" if i % 2 else ".") / name)
     (pictures / "broken.jpg").write_text("not an image")
     output = run("train.py", *TINY, f"--data_dir={pictures}", f"--out_dir={out}", "--max_iters=120",
                  "--eval_interval=40", "--learning_rate=3e-3")

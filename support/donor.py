@@ -65,7 +65,7 @@ def keep(new, old):
     return [layer for layer, _ in pairs]
 
 
-def solve_encoder(new, old, pictures, latents, theirs, amp):
+def solve_encoder(new, old, pictures, latents, amp):
     """Its last convolution, on what enters that. Returns R2, and the share of its weights that are the donor's."""
     kept, squares = keep(new[:-1], old[:-1]), LeastSquares()
     for picture, latent in zip(pictures, latents):
@@ -75,9 +75,10 @@ def solve_encoder(new, old, pictures, latents, theirs, amp):
     return squares.solve(new[-1]), sum(map(parameters, kept)) / parameters(new)
 
 
-def solve_decoder(new, old, pictures, latents, theirs, amp):
-    """Likewise: layers are kept from the image back, and the convolution before them is solved to give what they got in
-    the donor. In one of a larger factor no ReLU stood at that place: what is negative is lost, which costs nothing."""
+def solve_decoder(new, old, latents, theirs, amp):
+    """Likewise, from the teacher's latents and the donor's own: layers are kept from the image back, the convolution
+    before them is solved to give what they got in the donor. In one of a larger factor no ReLU stood at that place:
+    what is negative is lost, which costs nothing."""
     start = len(new) - len(keep(new[2:][::-1], old[2:][::-1]))  # not the Clamp and the first convolution
     while not solvable(new[start - 1]) and not isinstance(new[start - 1], nn.ReLU):
         start += 1  # to the next layer that gets what a convolution gives, if need be through a ReLU
@@ -135,9 +136,10 @@ def adapt(checkpoint, shape, networks, vae, images, settings, amp):
     pictures, latents = zip(*[batch(k) for k in range(n // AT_ONCE)])
     with amp:
         theirs = [donor["encoder"](each).float() for each in pictures]
-    solve, told = {"encoder": solve_encoder, "decoder": solve_decoder}, []
-    for half in new:
-        r2, share = solve[half](new[half], donor[half], pictures, latents, theirs, amp)
+    solve, told = {"encoder": (solve_encoder, pictures, latents), "decoder": (solve_decoder, latents, theirs)}, []
+    for half, network in new.items():
+        function, inputs, goals = solve[half]
+        r2, share = function(network, donor[half], inputs, goals, amp)
         told.append(f"{half} R2 {r2:.2f}, {share:.1%} of its weights kept")
     print(f"donor     {settings['init_from']}, not of this teacher: the layers that touch the latents are solved on {n}"
           f" crops; {'; '.join(told)}; {time.time() - started:.0f} s", flush=True)

@@ -107,7 +107,7 @@ def test_what_is_kept_of_a_decoder_gives_the_donors_picture_from_its_target(thei
     monkeypatch.setattr(donor.LeastSquares, "add", lambda self, x, y: seen.append((x, y)))
     monkeypatch.setattr(donor.LeastSquares, "solve", lambda self, conv: seen.append(conv))
     side = 4 * theirs[0] // ours[0]
-    donor.solve_decoder(new, old, None, [torch.randn(1, 6, side, side)], [latent], contextlib.nullcontext())
+    donor.solve_decoder(new, old, [torch.randn(1, 6, side, side)], [latent], contextlib.nullcontext())
     (features, goal), solved = seen
     at = [layer is solved for layer in new].index(True)
     assert solved(features).shape == goal.shape

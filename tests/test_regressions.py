@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 import model
 import sample
 from support import configure, files, packs, report, run as support_run
-from test_smoke import HERE, TINY, photo, records, start, train
+from test_smoke import HERE, TINY, records, start, train
 from tools import reference
 
 
 def pictures(folder, n=4, side=64):
     folder.mkdir(parents=True)
-    for i in range(n):
-        photo(i, side).save(folder / f"{i}.png")
+    for i, photo in enumerate(data.find_images(data.PHOTOS)[:n]):
+        ImageOps.fit(Image.open(photo), (side, side)).save(folder / f"{i}.png")
     return folder
 
 
