@@ -103,7 +103,7 @@ compile = pick_compile(compile, device)
 machine = {"device": device, "dtype": dtype, "compile": compile}
 explain_out_of_memory(settings)
 progress = Progress(  # what a checkpoint keeps beside weights and memories
-    step=0, images_seen=0, images_averaged=0, batches_read=0,
+    step=0, images_seen=0, images_averaged=0, batches_read=0, origin=init_from,
     due=0.0,     # crops that the pool still wants
     figures={},  # of the last evaluation
     ready=[half for half in ("encoder", "decoder") if settings[f"train_{half}"]])  # to be exported: the other is noise

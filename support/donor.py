@@ -111,7 +111,7 @@ def adapt(checkpoint, shape, networks, vae, images, settings, amp):
     new = {half: copy.deepcopy(networks[half]) for half in donor}
     for network in donor.values():
         network.to(vae.device, memory_format=torch.channels_last)
-    side = max(1, 256 // vae.multiple) * vae.multiple
+    side = max(1, 192 // vae.multiple) * vae.multiple
 
     def batch(k):
         pictures = images.batch(side, AT_ONCE, settings["color_augment"], [settings["seed"], k])

@@ -192,6 +192,7 @@ def model_card(checkpoint):
     settings, shape, figures = checkpoint["settings"], checkpoint["shape"], checkpoint["figures"]
     losses = ", ".join(f"{name} {settings[name]:g}" for name in settings if name.endswith("_weight") and settings[name])
     rows = "\n".join(f"| {name.removeprefix('val_')} | {value:.4g} |" for name, value in figures.items())
+    origin = os.path.basename(os.path.normpath(checkpoint.get("origin", "scratch")))
     return f"""---
 library_name: diffusers
 tags: [taesd, tiny-autoencoder]
@@ -202,7 +203,7 @@ tags: [taesd, tiny-autoencoder]
 `diffusers.AutoencoderTiny.from_pretrained`; its latents are about N(0,1): those of the teacher after its own scaling.
 
 Trained for {checkpoint["step"]:,} steps ({checkpoint["images_seen"]:,} images) of {settings["crop"]} pixels, batch
-{settings["batch_size"]}, seed {settings["seed"]}, by {losses}.
+{settings["batch_size"]}, seed {settings["seed"]}, by {losses}; started from {origin}.
 
 | held-out images, {settings["eval_size"]} pixels | |
 |---|---|

@@ -41,7 +41,7 @@ def introduce(settings, images, vae, networks, memories, machine):
     bytes_of = {name: sum(tensor.nbytes for tensor in vars(memory).values() if torch.is_tensor(tensor))
                 for name, memory in memories.items()}
     print("memory    " + ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in bytes_of.items())
-          + f" on the device; a checkpoint {(weights + sum(bytes_of.values())) / 2**20:,.0f} MB, two are kept",
+          + f" on the device; a checkpoint up to {(weights + sum(bytes_of.values())) / 2**20:,.0f} MB, two are kept",
           flush=True)
 
 

@@ -150,7 +150,7 @@ def test_out_of_memory_on_a_cpu_is_one_line(tmp_path):
 
 def test_the_memories_sizes_are_told(tmp_path, capsys):
     scope = train(*TINY, "--max_iters=1", "--replay_size=4096", f"--out_dir={tmp_path / 'out'}")
-    pattern = "memory +pool ([0-9]+) MB, replay ([0-9]+) MB on the device; a checkpoint ([0-9]+) MB"
+    pattern = "memory +pool ([0-9]+) MB, replay ([0-9]+) MB on the device; a checkpoint up to ([0-9]+) MB"
     pool, replay, checkpoint = map(int, re.search(pattern, capsys.readouterr().out).groups())
     assert (pool, replay) == (1, 13)  # 256 and 4096 times 3 x 32 x 32 + 2 x 4 x 4 x 4 + 4 bytes
     scope.replay.filled = scope.pool.filled = 4096  # as they will be

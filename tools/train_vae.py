@@ -4,6 +4,8 @@
     python -m tools.train_vae --factor=16 --latent_channels=16 --data_dir=photos --out_dir=f16
     python train.py --teacher=f16
 """
+import functools
+import math
 import os
 import time
 
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from data import Images, batches
+from model import convolutions, optimizer_of
 from sample import picture, psnr
 from support.configure import configure, pick_device, pick_dtype, require_positive, stop
 from support.files import DIFFUSERS_FILES, save_file
@@ -28,7 +31,7 @@ vae_width = 32             # channels of every layer, a multiple of 8
 crop = 64                  # training crop in pixels, a multiple of the factor
 batch_size = 16            # crops a step
 max_iters = 3000           # steps
-learning_rate = 2e-3       # peak of AdamW's, after 5% of the steps; then it falls to 0 as a cosine
+learning_rate = 2e-3       # of Muon and AdamW, after 5% of the steps; then it falls to 0 as a cosine
 kl_weight = 3e-4           # of the KL divergence per latent element, next to L1 per colour value
 seed = 0                   # of the weights and of the crops
 device = "auto"            # auto, cuda, mps or cpu
@@ -64,10 +67,11 @@ def check_settings(settings):
 
 
 def train(vae, images, place):
-    amp = torch.autocast(place.type, torch.bfloat16, enabled=pick_dtype("auto", place) == torch.bfloat16)
-    optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max_iters, pct_start=0.05,
-                                                   cycle_momentum=False)
+    dtype = pick_dtype("auto", place)
+    amp = torch.autocast(place.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0)
+    hidden = convolutions(vae.encoder)[1:-1] + convolutions(vae.decoder)[1:-1]
+    optimizer = optimizer_of([*vae.parameters()], hidden, adam, dtype)
     loader, start = batches(images, crop, batch_size, 0.07, seed, workers), time.time()
     for step in range(max_iters):
         real = next(loader).to(place) / 127.5 - 1
@@ -77,11 +81,13 @@ def train(vae, images, place):
         # L1 of the pixels and of 8x8 patches: the second is for the colours, which pixels alone learn late
         l1 = F.l1_loss(fake, real) + F.l1_loss(F.avg_pool2d(fake, 8), F.avg_pool2d(real, 8))
         kl = posterior.kl().mean() / posterior.mean[0].numel()
+        done = step / max_iters
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / (0.05 * max_iters), 0.5 + 0.5 * math.cos(math.pi * done))
         optimizer.zero_grad()
         (l1 + kl_weight * kl).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         if step % 100 == 0:
             rate = (step + 1) / (time.time() - start)
             print(f"step {step}/{max_iters}  l1 {l1.item():.4f}  kl {kl.item():.2f}  {rate * batch_size:.0f} images/s  "
