@@ -189,7 +189,8 @@ def test_export(packages, copied_run, monkeypatch, capsys):
     assert torch.equal(tiny.decoder.layers[-1].weight, averaged["19.weight"].half())
     card = (copied_run / "export" / "diffusers" / "README.md").read_text(encoding="utf-8")
     last = [line for line in records(copied_run) if "val_psnr" in line][-1]
-    assert "120 steps (480 images)" in card and "started from scratch" in card and f"| psnr | {last['val_psnr']:.4g} |" in card
+    assert "120 steps (480 images)" in card and f"| psnr | {last['val_psnr']:.4g} |" in card
+    assert "started from scratch" in card
     if packages:
         for half, network in files.student(checkpoint).items():
             path = copied_run / "export" / f"taesd_{half}.onnx"
