@@ -1,6 +1,6 @@
 """Train a small AutoencoderKL of any factor (L1 + a small KL term) and measure its scaling factor: a teacher to be.
 
-    python -m tools.train_vae --out_dir=vae      # 25 minutes on two cores; so `toy` was made, from synthetic pictures
+    python -m tools.train_vae --out_dir=vae      # 27 minutes on one core; so `toy` was made
     python -m tools.train_vae --factor=16 --latent_channels=16 --data_dir=photos --out_dir=f16
     python train.py --teacher=f16
 """
