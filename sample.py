@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data import Images
 from model import parameters
 from support.configure import configure, pick_device, require_positive, stop
-from support.files import export as export_weights
+from support.export import export as export_weights
 from support.files import load_checkpoint, load_student, save_file, student
 from teacher import Teacher
 
@@ -27,9 +27,10 @@ out_dir = "out"            # the run to look at; the picture goes to samples/sam
 images = ""                # an image or a folder; '' = the run's held-out images
 count = 8                  # how many images, at most
 size = 256                 # images= are shown and measured as centre squares of this side in pixels
-compare = ""               # weights to set beside the run's: a taesd.py file, an AutoencoderTiny, another out_dir
+compare = ""               # weights to set beside the run's: a file of them, an AutoencoderTiny, another out_dir
 teacher = ""               # instead of a run: look at a teacher alone, named as for train.py
-export = False             # instead: write the weights as taesd.py, diffusers and ONNX files to out_dir/export
+export = False             # instead: write the weights for other programs to out_dir/export
+export_name = "taesd"      # their files are named so: taesdxl_decoder.pth in ComfyUI's models/vae_approx
 export_dtype = "float32"   # of the exported weights: float32 or float16
 device = "auto"            # auto, cuda, mps or cpu
 # -----------------------------------------------------------------------------
@@ -114,6 +115,7 @@ class HeldOut:
     """What a student is measured on: images, [N,3,H,W] uint8, their latents and the teacher's round trip."""
     def __init__(self, images, vae, name):
         self.real, self.name = images.to(vae.device, memory_format=torch.channels_last) / 255, name
+        self.about = f"{name}: {vae}"
         self.latent = chunked(vae.encode, self.real)
         self.round_trip = chunked(vae.decode, self.latent)
         self.goal = measure(self.round_trip, self.real)
@@ -191,7 +193,7 @@ def main():
     place = pick_device(device)
     checkpoint = None if teacher else load_checkpoint(out_dir)
     if export and checkpoint:
-        return export_weights(checkpoint, os.path.join(out_dir, "export"), getattr(torch, export_dtype))
+        return export_weights(checkpoint, out_dir, export_name, getattr(torch, export_dtype))
     name = teacher or checkpoint["settings"]["teacher"]
     vae = Teacher(name, place)
     students = load_students(checkpoint, vae, place) if checkpoint else {}

@@ -301,7 +301,7 @@ if compile:  # when first called, each for its one shape; `.forward`: Module.com
     torch._functorch.config.donated_buffer = adversarial_scaling != "adaptive"  # which goes through a graph twice
 if init_from not in ("scratch", "resume"):
     evaluate()  # how good are the weights that it starts from?
-    save_run(settings, shape, parts, progress, held_out.real)
+    save_run(settings, shape, parts, progress, held_out)
 trained = [weight for half in (encoder, decoder) for weight in half.parameters() if weight.requires_grad]
 averages = [weight for half in (ema_encoder, ema_decoder) for weight in half.parameters() if weight.requires_grad]
 loader = batches(images, across * crop, windows, color_augment, seed, workers, start=progress.batches_read,
@@ -373,7 +373,7 @@ while not last:
     if last or progress.step % eval_interval == 0:
         if not stopping:
             evaluate()
-        save_run(settings, shape, parts, progress, held_out.real)
+        save_run(settings, shape, parts, progress, held_out)
         report.clock = time.time()  # the pause does not count
 
 loader.close()

@@ -1,19 +1,17 @@
-"""Weights on disk: taesd.py, diffusers and ONNX files of a student, and the checkpoints of a run. Nothing here trains.
+"""Weights that are read, and checkpoints; support/export.py writes those of students for other programs.
 
 Files are written aside and renamed: each is complete or as it was before. Those that are read may be a stranger's.
 """
-import importlib.util
-import logging
 import os
 import re
 import shutil
 import sys
-import warnings
 
 import torch
 import torch.nn as nn
+from safetensors import safe_open
 
-from model import Clamp, Decoder, Encoder
+from model import Decoder, Encoder
 from support.configure import stop
 from support.hub import is_hub_id, load_autoencoder
 
@@ -98,7 +96,8 @@ def load_checkpoint(out_dir, set_aside=False):
 
 def load_student(source, flag="--init_from"):
     """The student of a run's out_dir, of taesd.py files (the path of one; its partner is taken where it lies beside
-    it), of an AutoencoderTiny (a diffusers folder or a hub id), or the bundled one, `donor`.
+    it), of a .safetensors file of both halves, of an AutoencoderTiny (a diffusers folder or a hub id), or the bundled
+    one, `donor`.
 
     Returns what `load_checkpoint` does, of others than runs only "shape", "ready" and the halves that there are.
     """
@@ -111,9 +110,11 @@ def load_student(source, flag="--init_from"):
             path = os.path.join(folder, re.sub("encoder|decoder", half, name))
             if path == source or os.path.isfile(path):
                 halves[half] = load_taesd(path)
+    elif source.endswith(".safetensors") and os.path.isfile(source):
+        halves = load_halves(source)
     elif not os.path.isdir(source) and not is_hub_id(source) or os.path.isfile(source):
-        stop(f"{flag}={source}: no such weights; it takes donor, a run's out_dir, a taesd.py .pth file, an "
-             f"AutoencoderTiny folder or a hub id owner/repo")
+        stop(f"{flag}={source}: no such weights; it takes donor, a run's out_dir, a taesd.py .pth file, a .safetensors "
+             f"file of both halves, an AutoencoderTiny folder or a hub id owner/repo")
     else:
         vae = load_autoencoder(source, ("AutoencoderTiny",), torch.float32, f"{flag}={source}")
         try:
@@ -142,33 +143,35 @@ def student(checkpoint):
     return networks
 
 
-def save_taesd(path, module, dtype=torch.float32):
-    """Write a plain state dict: the taesd.py format (taesd_encoder.pth, taesd_decoder.pth)."""
-    state = {key: value.detach().cpu().to(dtype).contiguous() for key, value in module.state_dict().items()}
-    save_file(path, lambda aside: torch.save(state, aside))
-
-
-def save_onnx(path, module):
-    """Write an ONNX file of a float32 encoder or decoder, for any batch size and sides. Needs onnx and onnxscript."""
-    decoder = isinstance(module[0], Clamp)
-    names, channels = (("latent", "image"), module[1].in_channels) if decoder else (("image", "latent"), 3)
-    cells = 16 if decoder else 16 * 2 ** sum(getattr(layer, "stride", 0) == (2, 2) for layer in module)
-    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module.eval(), (torch.zeros(2, channels, cells, cells + cells // 2),), dynamo=True, verbose=False,
-            input_names=names[:1], output_names=names[1:], dynamic_shapes=(sizes,))
-    save_file(path, lambda aside: program.save(aside, external_data=False))
-
-
 def load_taesd(path):
     """Read taesd_encoder.pth or taesd_decoder.pth (float32 or float16); the shapes inside tell which network it is.
 
     Returns (network in float32, its arguments). Stops with one line if the file is anything else.
     """
-    state = load_file(path)
+    return network_of(load_file(path), path)
+
+
+def load_halves(path):
+    """Read a .safetensors file of both halves, as save_halves in support/export.py and AutoencoderTiny write it.
+
+    Returns {"encoder": (network in float32, its arguments), "decoder": ...}, of those that it has.
+    """
+    states = {"encoder": {}, "decoder": {}}
+    try:
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys(), key=lambda name: [int(part) for part in name.split(".") if part.isdigit()]):
+                half, _, layer, rest = name.split(".", 3) if ".layers." in name else (None,) * 4
+                if half in states:  # the decoder's Clamp is no layer there
+                    states[half][f"{int(layer) + (half == 'decoder')}.{rest}"] = file.get_tensor(name)
+    except Exception as error:
+        stop(f"{path}: not a readable weights file ({type(error).__name__}: {str(error).splitlines()[0][:120]})")
+    if not any(states.values()):
+        stop(f"{path}: has no weights named encoder.layers.0.weight and so on; a VAE of full size is a --teacher=")
+    return {half: network_of(state, path) for half, state in states.items() if state}
+
+
+def network_of(state, path):
+    """(network in float32, its arguments) of a state dict in taesd.py's layout, of the file at path."""
     try:
         decoder = "0.weight" not in state  # index 0 of a decoder is the Clamp, which has no weights
         first, last = state["1.weight" if decoder else "0.weight"], list(state.values())[-1]
@@ -185,76 +188,3 @@ def load_taesd(path):
     except Exception as error:
         stop(f"{path}: not an encoder or decoder in taesd.py's layout ({' '.join(str(error).split())[:300]})")
     return network.float(), arguments
-
-
-def model_card(checkpoint):
-    """README.md, with the header of the Hugging Face hub, of a run's weights."""
-    settings, shape, figures = checkpoint["settings"], checkpoint["shape"], checkpoint["figures"]
-    losses = ", ".join(f"{name} {settings[name]:g}" for name in settings if name.endswith("_weight") and settings[name])
-    rows = "\n".join(f"| {name.removeprefix('val_')} | {value:.4g} |" for name, value in figures.items())
-    origin = os.path.basename(os.path.normpath(checkpoint.get("origin", "scratch")))
-    return f"""---
-library_name: diffusers
-tags: [taesd, tiny-autoencoder]
----
-# Tiny autoencoder for {os.path.basename(settings["teacher"]) or settings["teacher"]}
-
-{shape["latent_channels"]} latent channels at factor {shape["factor"]}, width {shape["width"]}. Load with
-`diffusers.AutoencoderTiny.from_pretrained`; its latents are about N(0,1): those of the teacher after its own scaling.
-
-Trained for {checkpoint["step"]:,} steps ({checkpoint["images_seen"]:,} images) of {settings["crop"]} pixels, batch
-{settings["batch_size"]}, seed {settings["seed"]}, by {losses}; started from {origin}.
-
-| held-out images, {settings["eval_size"]} pixels | |
-|---|---|
-{rows or "| not measured yet | |"}
-"""
-
-
-def save_diffusers(path, encoder, decoder, dtype=torch.float32, card=""):
-    """Write a `diffusers.AutoencoderTiny` folder.
-
-    Encoder key k becomes encoder.layers.k, decoder key i.k decoder.layers.(i-1).k: its Clamp is no layer there.
-    AutoencoderTiny takes and gives [-1,1] images and does that conversion itself; its latents are ours. It can express
-    the plain variant alone. `card` becomes the folder's README.md.
-    """
-    from diffusers import AutoencoderTiny
-    width, depth = encoder[0].out_channels, sum(isinstance(layer, nn.Upsample) for layer in decoder)
-    with torch.random.fork_rng(devices=[]):  # its weights start random: leave the run's random state alone
-        vae = AutoencoderTiny(
-            latent_channels=encoder[-1].out_channels,
-            encoder_block_out_channels=(width,) * (depth + 1), num_encoder_blocks=(1,) + (3,) * depth,
-            decoder_block_out_channels=(width,) * (depth + 1), num_decoder_blocks=(3,) * depth + (1,))
-    vae.encoder.layers.load_state_dict(encoder.state_dict())
-    vae.decoder.layers.load_state_dict(nn.Sequential(*list(decoder)[1:]).state_dict())  # all but the Clamp
-
-    def write(aside):
-        nn.Module.to(vae, dtype)  # the method of diffusers would warn
-        vae.save_pretrained(aside)
-        if card:
-            with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as file:
-                file.write(card)
-    save_file(path, write, names=DIFFUSERS_FILES)
-
-
-def export(checkpoint, folder, dtype):
-    """Write a run's averaged weights in every format that can hold them, in dtype (ONNX: float32); print which."""
-    ready, plain = checkpoint["ready"], checkpoint["shape"]["variant"] == "plain"
-    check_ours(os.path.join(folder, "diffusers"), DIFFUSERS_FILES)
-    os.makedirs(folder, exist_ok=True)
-    networks, written = student(checkpoint), []
-    for half in ready:
-        written.append(f"taesd_{half}.pth")
-        save_taesd(os.path.join(folder, written[-1]), networks[half], dtype)
-    if len(ready) == 2 and plain:
-        written.append("diffusers")
-        save_diffusers(os.path.join(folder, "diffusers"), *networks.values(), dtype, model_card(checkpoint))
-    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
-        for half in ready:
-            written.append(f"taesd_{half}.onnx")
-            save_onnx(os.path.join(folder, written[-1]), networks[half])
-    else:
-        print("no ONNX files: they need two more packages, pip install onnx onnxscript")
-    if not plain:
-        print(f"no diffusers folder: AutoencoderTiny cannot express the variant {checkpoint['shape']['variant']}")
-    print(f"{folder}: wrote {', '.join(written)}")

@@ -10,8 +10,9 @@ import torch
 from model import VARIANTS
 from recipes.published import FORMS, SCALINGS
 from support.configure import require_positive, stop
+from support.export import model_card, save_diffusers, save_taesd
 from support.files import (DIFFUSERS_FILES, check_ours, checkpoint_paths, is_ours, load_checkpoint, load_student,
-                           model_card, save_diffusers, save_file, save_taesd)
+                           save_file)
 from support.report import profile_from, stop_not_finite
 from teacher import NAMES
 
@@ -191,9 +192,10 @@ def save_run(settings, shape, parts, progress, held_out):
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module) and not all(weight.isfinite().all() for weight in part.parameters()):
             stop_not_finite(settings, progress.step, f"a weight of {name} is not finite")
-    state = {"settings": settings, "shape": shape, "held_out": (held_out * 255).round().byte()} | vars(progress)
+    state = {"settings": settings, "shape": shape, "teacher": held_out.about} | vars(progress)
+    state |= {"held_out": (held_out.real * 255).round().byte()}
     state |= {name: part.state_dict() for name, part in parts.items()}
-    state |= random_state(held_out.device)
+    state |= random_state(held_out.real.device)
     path, previous = checkpoint_paths(out_dir)
     save_file(path, lambda aside: torch.save(state, aside), keep=previous)
     for half in progress.ready:

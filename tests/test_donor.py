@@ -20,8 +20,8 @@ START = [flag for flag in TINY if "width" not in flag] + ["--dtype=float32", "--
 def write(folder, encoder, decoder):
     """A pair of taesd.py files, which is a donor or a teacher."""
     folder.mkdir()
-    files.save_taesd(folder / "taesd_encoder.pth", encoder)
-    files.save_taesd(folder / "taesd_decoder.pth", decoder)
+    export.save_taesd(folder / "taesd_encoder.pth", encoder)
+    export.save_taesd(folder / "taesd_decoder.pth", decoder)
     return folder / "taesd_encoder.pth"
 
 

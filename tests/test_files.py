@@ -15,7 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 import model
 import sample
 from conftest import DATA, load, needs_data, plain_taesd, random_images, real_images, script
-from support import files
+from support import export, files
 from teacher import Teacher
 from test_smoke import HERE, TINY, records, train
 
@@ -122,10 +122,11 @@ def test_files_of_every_variant_come_back(variant, factor, width, tmp_path):
     shape = dict(latent_channels=6, factor=factor, width=width, variant=variant)
     networks = {"encoder": model.Encoder(**shape), "decoder": model.Decoder(**shape)}
     for half, network in networks.items():
-        files.save_taesd(str(tmp_path / f"my_{half}.pth"), network, torch.float16)
-    sources = [tmp_path / "my_decoder.pth"]
+        export.save_taesd(str(tmp_path / f"my_{half}.pth"), network, torch.float16)
+    export.save_halves(str(tmp_path / "mine.safetensors"), networks, shape, torch.float16)
+    sources = [tmp_path / "my_decoder.pth", tmp_path / "mine.safetensors"]
     if variant == "plain":
-        files.save_diffusers(str(tmp_path / "tiny"), *networks.values(), torch.float16)
+        export.save_diffusers(str(tmp_path / "tiny"), *networks.values(), torch.float16)
         sources.append(tmp_path / "tiny")
     for source in sources:
         again = files.load_student(str(source))
@@ -133,68 +134,6 @@ def test_files_of_every_variant_come_back(variant, factor, width, tmp_path):
         for half, network in networks.items():
             for key, value in network.state_dict().items():
                 assert torch.equal(again[f"ema_{half}"][key], value.half().float()), key
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("channels,factor", [(3, 4), (16, 8), (16, 16), (64, 32)])
-def test_diffusers_gives_the_same_pixels_at_every_factor(channels, factor, tmp_path):
-    encoder, decoder = model.Encoder(channels, factor, 8), model.Decoder(channels, factor, 8)
-    image = torch.rand(1, 3, 64, 128)
-    files.save_diffusers(str(tmp_path / "tiny"), encoder, decoder)
-    tiny = AutoencoderTiny.from_pretrained(tmp_path / "tiny")
-    latent = tiny.encode(image * 2 - 1).latents
-    assert latent.shape == (1, channels, 64 // factor, 128 // factor)
-    assert torch.allclose(latent, encoder(image), atol=1e-5)
-    assert torch.allclose(tiny.decode(latent).sample / 2 + 0.5, decoder(latent), atol=1e-5)
-
-
-def assert_onnx(path, network, channels, cell):
-    session = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed").InferenceSession(path)
-    for n, height, width in ((1, 5, 9), (3, 8, 4)):
-        given = torch.rand(n, channels, height * cell, width * cell)
-        found, = session.run(None, {session.get_inputs()[0].name: given.numpy()})
-        assert np.abs(found - network(given).numpy()).max() < 1e-4, n
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("build,variant,channels,cell", [(model.Encoder, "f32", 3, 32),
-                                                         (model.Decoder, "midblock_gn", 4, 1)])
-def test_onnx(build, variant, channels, cell, tmp_path):
-    """Of the halves with the most peculiar parts; plain ones are in test_export."""
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    network = build(latent_channels=4, factor=32 if variant == "f32" else 8, width=8, variant=variant)
-    for weight in network.parameters():  # branches that are silent at first must be heard
-        weight.add_(0.02 * torch.randn_like(weight))
-    files.save_onnx(str(tmp_path / "half.onnx"), network)
-    assert_onnx(tmp_path / "half.onnx", network, channels, cell)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("packages", [False, pytest.param(True, marks=pytest.mark.skipif(
-    not importlib.util.find_spec("onnxscript"), reason="onnxscript is not installed"))])
-def test_export(packages, copied_run, monkeypatch, capsys):
-    if not packages:
-        monkeypatch.setattr(files, "importlib", types.SimpleNamespace(util=types.SimpleNamespace(
-            find_spec=lambda name: None)))
-    script("sample.py", f"--out_dir={copied_run}", "--export", "--export_dtype=float16")
-    names = {"taesd_encoder.pth", "taesd_decoder.pth", "diffusers"}
-    onnx = {"taesd_encoder.onnx", "taesd_decoder.onnx"}
-    assert {path.name for path in (copied_run / "export").iterdir()} == (names | onnx if packages else names)
-    assert ("pip install onnx onnxscript" in capsys.readouterr().out) != packages
-    checkpoint = load(copied_run / "ckpt.pt")
-    averaged = checkpoint["ema_decoder"]
-    tiny = AutoencoderTiny.from_pretrained(copied_run / "export" / "diffusers", torch_dtype=torch.float16)
-    for key, value in load(copied_run / "export" / "taesd_decoder.pth").items():
-        assert value.dtype == torch.float16 and torch.equal(value, averaged[key].half()), key
-    assert torch.equal(tiny.decoder.layers[-1].weight, averaged["19.weight"].half())
-    card = (copied_run / "export" / "diffusers" / "README.md").read_text(encoding="utf-8")
-    last = [line for line in records(copied_run) if "val_psnr" in line][-1]
-    assert "120 steps (480 images)" in card and f"| psnr | {last['val_psnr']:.4g} |" in card
-    assert "started from scratch" in card
-    if packages:
-        for half, network in files.student(checkpoint).items():
-            path = copied_run / "export" / f"taesd_{half}.onnx"
-            assert_onnx(path, network, *((3, 8) if half == "encoder" else (4, 1)))
 
 
 # checkpoints

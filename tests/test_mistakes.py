@@ -9,7 +9,7 @@ from PIL import Image
 
 from conftest import HERE, load, script
 from model import Encoder
-from support import files
+from support import export, files
 from support import run as support_run
 from test_smoke import TINY, records, start, train, trained_once
 from test_teacher import kl
@@ -71,7 +71,7 @@ def mistaken(places):
     shutil.copy(tiny.out / "taesd_encoder.pth", places / "nameless.pth")
     (places / "half.pth").write_bytes((tiny.out / "taesd_encoder.pth").read_bytes()[:5000])
     shutil.copy(tiny.out / "taesd_decoder.pth", places / "mixed" / "taesd_decoder.pth")
-    files.save_taesd(str(places / "mixed" / "taesd_encoder.pth"), Encoder(width=16))
+    export.save_taesd(str(places / "mixed" / "taesd_encoder.pth"), Encoder(width=16))
     return places
 
 
@@ -104,6 +104,8 @@ MISTAKES = [  # arguments, what the line must say
     # starts
     ("--init_from=toy", "a run's out_dir"), ("--init_from={folder}/pictures/0.jpg", "no such weights"),
     ("--init_from={folder}/half.pth", "half.pth: not a readable weights file"),
+    ("--init_from={folder}/half.safetensors", "half.safetensors: not a readable weights file"),
+    ("--init_from={here}/assets/toy_vae/diffusion_pytorch_model.safetensors", "a VAE of full size is a --teacher="),
     ("--init_from={folder}/others.pth", "not an encoder or decoder in taesd.py's layout"),
     ("--init_from={folder}/others", "not a checkpoint of train.py"), ("--init_from={folder}/hostile", "ckpt.pt"),
     ("--init_from={folder}/mixed/taesd_encoder.pth", "encoder and decoder differ"),
@@ -140,7 +142,7 @@ def test_a_mistake_is_one_clear_line(arguments, words, mistaken, tmp_path, monke
     ("--teacher=toy --images={folder}/empty", ".jpg"), ("--out_dir={folder}/run --device=tpu9", "--device=tpu9"),
     ("--out_dir={folder}/run --compare={folder}/f4.pth", "has 4 channels at factor 4")])
 def test_mistakes_of_sample(arguments, words, mistaken):
-    files.save_taesd(str(mistaken / "f4.pth"), Encoder(4, 4, 8))
+    export.save_taesd(str(mistaken / "f4.pth"), Encoder(4, 4, 8))
     with pytest.raises(SystemExit) as ended:
         script("sample.py", "--device=cpu", *(each.format(folder=mistaken) for each in arguments.split()))
     assert ended.value.code.startswith("error: ") and "\n" not in ended.value.code and words in ended.value.code
