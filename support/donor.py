@@ -121,7 +121,7 @@ def adapt(checkpoint, shape, networks, vae, images, settings, amp):
     def speaks(pictures, latent):  # does it know the latents already? Files do not say of which VAE they are
         if "encoder" not in donor:
             return "settings" not in checkpoint
-        return F.mse_loss(donor["encoder"](pictures), latent) < 0.5 * latent.var()
+        return F.mse_loss(donor["encoder"](pictures), latent) < 0.75 * latent.var()
     if not all(isinstance(network, nn.Sequential) for network in new.values()):
         stop(f"{source}: is not of this teacher; to be solved for it, Encoder and Decoder must be nn.Sequential")
     whole = all(len(keep(new[half], donor[half])) == len(new[half]) for half in new)
