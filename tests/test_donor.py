@@ -10,7 +10,7 @@ import torch.nn as nn
 import model
 from conftest import DATA, evaluations, load, needs_data
 from data import Images
-from support import donor, files
+from support import donor, export, files
 from teacher import Teacher
 from test_smoke import HERE, TINY, records, train
 

@@ -1,12 +1,9 @@
 """Weights on disk, against code that is not ours; what is left of a run when a file is damaged or a disk is full."""
-import importlib.util
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
@@ -17,7 +14,7 @@ import sample
 from conftest import DATA, load, needs_data, plain_taesd, random_images, real_images, script
 from support import export, files
 from teacher import Teacher
-from test_smoke import HERE, TINY, records, train
+from test_smoke import HERE, TINY, train
 
 PICTURES = {"random": lambda: random_images(2), "real": lambda: real_images(5)}
 KINDS = ["random", pytest.param("real", marks=needs_data)]

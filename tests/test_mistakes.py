@@ -9,7 +9,7 @@ from PIL import Image
 
 from conftest import HERE, load, script
 from model import Encoder
-from support import export, files
+from support import export
 from support import run as support_run
 from test_smoke import TINY, records, start, train, trained_once
 from test_teacher import kl
