@@ -18,6 +18,7 @@ from data import Images
 from model import parameters
 from support.configure import configure, pick_device, require_positive, stop
 from support.export import export as export_weights
+from support.export import fit_latent_rgb, latent_rgb, save_latent_rgb
 from support.files import load_checkpoint, load_student, save_file, student
 from teacher import Teacher
 
@@ -87,12 +88,6 @@ def chunked(network, images):
 
 
 # pictures
-
-def latent_colors(latents, size):
-    """The first three channels as RGB, -3..3 -> 0..1, enlarged to [N,3,size,size]."""
-    colors = F.pad(latents[:, :3], (0, 0, 0, 0, 0, max(0, 3 - latents.shape[1])))
-    return F.interpolate(colors / 6 + 0.5, size)
-
 
 def picture(rows, path):
     """Write {label: [N,3,H,W] images in [0,1]} as one PNG, a labelled row each."""
@@ -210,14 +205,15 @@ def main():
 
     latents = chunked(vae.encode, real)
     rows = {"teacher round trip": row(vae.decode, latents, vae.parameters)}
-    colors = {"the teacher's latents (channels 1-3)": latent_colors(latents, real.shape[-1])}
+    factors, bias, r2 = fit_latent_rgb(latents, real)
+    colors = {"latent_rgb_factors on the teacher's latents": latent_rgb(latents, factors, bias, real.shape[-1])}
     for label, networks in students.items():
         encoder, decoder = networks.get("encoder"), networks.get("decoder")
         if decoder:
             rows[f"{label} decoder"] = row(decoder, latents, parameters(decoder))
         if encoder:
             theirs = chunked(encoder, real)
-            colors[f"{label} latents"] = latent_colors(theirs, real.shape[-1])
+            colors[f"{label} latents"] = latent_rgb(theirs, factors, bias, real.shape[-1])
         if encoder and decoder:
             rows[f"{label} encoder and decoder"] = row(decoder, theirs, parameters(encoder) + parameters(decoder),
                                                        F.mse_loss(theirs, latents).item())
@@ -232,7 +228,11 @@ def main():
         for statistic in ("mean", "std"):
             print(f"{statistic:5}" + " ".join(f"{v:6.2f}" for v in getattr(latents, statistic)((0, 2, 3)).tolist()))
     print_table(rows, real)
-    print(f"\nwrote {path}")
+    rgb_path = os.path.join(out_dir, "latent_rgb_factors.json")
+    text = save_latent_rgb(rgb_path, factors, bias)
+    if not checkpoint:
+        print(f"\nlatents to colours by one matrix, R2 {r2:.2f}; ready to paste:\n{text}")
+    print(f"\nwrote {path}, {rgb_path}")
 
 
 if __name__ == "__main__":

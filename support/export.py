@@ -17,6 +17,7 @@ from glob import glob
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file as write_safetensors
 
@@ -194,3 +195,31 @@ def export(checkpoint, out_dir, name, dtype):
     else:
         print("no ONNX files: they need two more packages, pip install onnx onnxscript")
     print(f"{folder}: wrote {', '.join(written)}")
+
+
+# -----------------------------------------------------------------------------
+# the preview that needs no network
+
+def fit_latent_rgb(latents, images):
+    """The matrix that previews latents without a network, as ComfyUI and others keep one for each model, by least
+    squares: (factors [C,3], bias [3], R²); latents @ factors + bias is the mean colour of a patch in [-1,1]."""
+    colors = F.adaptive_avg_pool2d(images * 2 - 1, latents.shape[-2:]).movedim(1, -1).flatten(0, 2).double().cpu()
+    values = latents.movedim(1, -1).flatten(0, 2).double().cpu()
+    values = torch.cat([values, torch.ones_like(values[:, :1])], 1)
+    solved = torch.linalg.lstsq(values, colors, driver="gelsd").solution  # of the least norm where many would do
+    r2 = 1 - (values @ solved - colors).square().sum() / (colors - colors.mean(0)).square().sum().clamp(min=1e-9)
+    return solved[:-1].float(), solved[-1].float(), r2.item()
+
+
+def latent_rgb(latents, factors, bias, size):
+    """That preview, in [0,1], enlarged to [N,3,size,size]."""
+    colors = torch.einsum("nchw,cr->nrhw", latents.cpu(), factors) + bias.view(1, 3, 1, 1)
+    return F.interpolate(colors / 2 + 0.5, size).clamp(0, 1)
+
+
+def save_latent_rgb(path, factors, bias):
+    """Write both as JSON, and return them as lines of Python."""
+    factors, (bias,) = ([[round(v, 4) for v in row] for row in rows.tolist()] for rows in (factors, bias[None]))
+    save_text(path, json.dumps({"latent_rgb_factors": factors, "latent_rgb_factors_bias": bias}, indent=1))
+    rows = "".join(f"    {row},\n" for row in factors)
+    return f"latent_rgb_factors = [\n{rows}]\nlatent_rgb_factors_bias = {bias}"

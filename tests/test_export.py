@@ -1,5 +1,6 @@
 """What a run writes for other programs, loaded by code that is not ours, or held against what that code asks for."""
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -183,3 +184,22 @@ def test_export_of_another_variant(copied_run, capsys):
     assert 'load("taesd.safetensors")' in card and "preview" not in card and "AutoencoderTiny" not in card
     found = export.load(str(copied_run / "export" / "taesd.safetensors"))
     assert found[0] is None and torch.equal(found[1][-1].weight, networks["decoder"][-1].weight)
+
+
+# the preview that needs no network
+
+def test_latent_rgb_of_a_linear_latent_space(tmp_path):
+    """Latents that hold the mean colours of their patches, mixed: the matrix finds them, whatever else they hold."""
+    images, mix = torch.rand(4, 3, 32, 32), torch.tensor([[2.0, 0, 1], [0, 1, 0], [-1, 0, 3]])
+    colors = torch.nn.functional.avg_pool2d(images, 8) * 2 - 1
+    latents = torch.cat([torch.einsum("nchw,kc->nkhw", colors, mix) + 0.7, torch.randn(4, 2, 4, 4)], 1)
+    factors, bias, r2 = export.fit_latent_rgb(latents, images)
+    assert r2 > 0.9999 and torch.allclose(factors[:3], torch.linalg.inv(mix).T, atol=1e-3)
+    assert torch.allclose(factors[3:], torch.zeros(2, 3), atol=1e-3)
+    shown = export.latent_rgb(latents, factors, bias, 4)
+    assert torch.allclose(shown, (colors / 2 + 0.5), atol=1e-3)
+    text, found = export.save_latent_rgb(str(tmp_path / "rgb.json"), factors, bias), {}
+    exec(text, found)
+    written = json.loads((tmp_path / "rgb.json").read_text())
+    for name, values in (("latent_rgb_factors", factors), ("latent_rgb_factors_bias", bias)):
+        assert found[name] == written[name] and torch.allclose(torch.tensor(found[name]), values, atol=1e-4)
