@@ -5,6 +5,7 @@
     python sample.py --out_dir=out --compare=taesdxl_decoder.pth   # beside other weights, on the same latents
     python sample.py --out_dir=out --export            # weights for other programs
     python sample.py --teacher=sdxl --images=photos    # a teacher alone: is its scale right?
+    python sample.py --curves=out-a,out-b              # what their logs hold, over each other
 """
 import os
 import time
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data import Images
 from model import parameters
 from support.configure import configure, pick_device, require_positive, stop
+from support.curves import draw_curves
 from support.export import export as export_weights
 from support.export import fit_latent_rgb, latent_rgb, save_latent_rgb
 from support.files import load_checkpoint, load_student, save_file, student
@@ -30,6 +32,7 @@ count = 8                  # how many images, at most
 size = 256                 # images= are shown and measured as centre squares of this side in pixels
 compare = ""               # weights to set beside the run's: a file of them, an AutoencoderTiny, another out_dir
 teacher = ""               # instead of a run: look at a teacher alone, named as for train.py
+curves = ""                # instead: draw the logs of these runs, separated by commas, to curves.png
 export = False             # instead: write the weights for other programs to out_dir/export
 export_name = "taesd"      # their files are named so: taesdxl_decoder.pth in ComfyUI's models/vae_approx
 export_dtype = "float32"   # of the exported weights: float32 or float16
@@ -185,6 +188,9 @@ def main():
     require_positive(globals(), "count")
     if export_dtype not in ("float32", "float16"):
         stop(f"--export_dtype={export_dtype}: must be float32 or float16")
+    if curves:
+        draw_curves(curves.split(","), "curves.png")
+        return print("wrote curves.png")
     place = pick_device(device)
     checkpoint = None if teacher else load_checkpoint(out_dir)
     if export and checkpoint:

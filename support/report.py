@@ -4,6 +4,7 @@ To change what is trained, or how, nothing here needs to be read: a new term of 
 """
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -14,9 +15,11 @@ import time
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm  # comes with diffusers
 
 from model import parameters
 from support.configure import stop
+from support.curves import draw_curves
 from support.files import save_file
 
 
@@ -51,7 +54,8 @@ def stop_not_finite(settings, step, what):
 
 
 class Report:
-    """log.jsonl and the screen. The terms of a step stay on the device until they are reported: before every save."""
+    """log.jsonl and the screen: on a terminal a bar, elsewhere lines. The terms of a step stay on the device until they
+    are reported: before every save."""
     def __init__(self, settings, progress, held_out, machine, started):
         self.settings, self.progress, self.device, self.started = settings, progress, machine["device"], started
         self.history, self.waited, self.images, self.seconds, self.clock = [], 0.0, 0, 0.0, time.time()
@@ -68,6 +72,7 @@ class Report:
         self.log({"settings": settings, "arguments": sys.argv[1:], "versions": versions, "teacher": goal}
                  | {name: str(value) for name, value in machine.items()})
         self.profiler = profiler(settings) if settings["profile"] else None
+        self.bar = None  # from the first step on, on a terminal
 
     def log(self, record):
         out_dir = self.settings["out_dir"]
@@ -78,13 +83,23 @@ class Report:
             stop(f"{out_dir}: could not be written ({error}); a checkpoint there is untouched, --init_from=resume goes "
                  f"on with it")
 
+    def say(self, line):
+        if self.bar:
+            self.bar.clear()
+        print(line, flush=True)
+
     def add(self, terms):
         """Remember the terms of one step, {name: tensor}."""
         self.history.append((list(terms), torch.stack(list(terms.values())).detach()))
         self.images += self.settings["batch_size"]
         if not self.seconds and len(self.history) == 1:
             self.history[0][1].tolist()  # waits for the device
-            print(f"start     {time.time() - self.started:.1f} s until the first step was done", flush=True)
+            self.say(f"start     {time.time() - self.started:.1f} s until the first step was done")
+            if sys.stdout.isatty():
+                self.bar = tqdm(total=self.settings["max_iters"], initial=self.progress.step - 1, unit=" steps",
+                                dynamic_ncols=True, file=sys.stdout, smoothing=0.05)
+        if self.bar:
+            self.bar.update()
         if self.profiler:
             self.profiler.step()
 
@@ -105,8 +120,11 @@ class Report:
         self.log(record)
         shown = [f"{name} {value:.4g}" for name, value in record.items() if name not in ("step", "images_seen")]
         left = datetime.timedelta(seconds=round((max_iters - step) * self.settings["batch_size"] / rate))
-        print("  ".join([f"step {step}/{max_iters}  images_seen {record['images_seen']:,}", *shown, f"left {left}"]),
-              flush=True)
+        if self.bar:
+            self.bar.set_postfix_str(", ".join(shown))
+        else:
+            self.say("  ".join([f"step {step}/{max_iters}  images_seen {record['images_seen']:,}", *shown,
+                                f"left {left}"]))
         self.history, self.waited, self.seconds, self.clock = [], 0.0, self.seconds + seconds, time.time()
 
     def so_far(self):
@@ -116,10 +134,14 @@ class Report:
     def evaluation(self, figures):
         self.log(self.so_far() | figures)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        print(f"eval {self.progress.step}  {shown}", flush=True)
+        self.say(f"eval {self.progress.step}  {shown}")
+        if importlib.util.find_spec("matplotlib"):
+            draw_curves([self.settings["out_dir"]], os.path.join(self.settings["out_dir"], "curves.png"))
 
     def end(self, stopped):
         """A last block of `name: value` lines; the figures are left out where they are not those of the last step."""
+        if self.bar:
+            self.bar.close()
         memory = {"peak_memory_mb": peak_memory_mb(self.device), "seconds": round(time.time() - self.started)}
         print(f"---\nout_dir: {self.settings['out_dir']}")
         for name, value in (self.so_far() | memory | ({} if stopped else self.progress.figures)).items():

@@ -18,6 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model
+from support import report
 from test_smoke import HERE, TINY, records, stepped, tiny_run, train  # two of them fixtures
 
 DATA = Path(os.environ.get("TAESD_TEST_DATA") or "TAESD_TEST_DATA")
@@ -30,6 +31,14 @@ torch.set_num_threads(1)  # as test_smoke.py says to the processes that it start
 def seeded():
     """No test depends on which ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_curves():
+    """They take a second each; test_report.py draws some."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_curves", lambda out_dirs, path: None)
+        yield
 
 
 @pytest.fixture
