@@ -201,6 +201,17 @@ def square_crop(path, size, rng=None, open_image=Image.open):
     return np.asarray(square.convert("RGB"))
 
 
+def whole_picture(path, multiple):
+    """A file at its own size, upright, on white, its centre cut to multiples of so many pixels: [1,3,H,W] uint8."""
+    with Image.open(path) as image:
+        image = in_srgb(ImageOps.exif_transpose(resizable(image)), image.info.get("icc_profile"))
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    width, height = (side // multiple * multiple for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return to_tensor([np.asarray(image.convert("RGB").crop((left, top, left + width, top + height)))])
+
+
 def mirrored(image, size):
     """Reflect an image at its edges until both sides have at least `size` pixels."""
     pixels = np.asarray(image)

@@ -3,25 +3,28 @@
     python sample.py --out_dir=out                     # on the run's held-out images
     python sample.py --out_dir=out --images=photo.jpg  # on a file or a folder of your own
     python sample.py --out_dir=out --compare=taesdxl_decoder.pth   # beside other weights, on the same latents
+    python sample.py --out_dir=out --images=photos --size=0        # whole pictures, as large as they are
     python sample.py --out_dir=out --export            # weights for other programs
     python sample.py --teacher=sdxl --images=photos    # a teacher alone: is its scale right?
+    python sample.py --teacher=sdxl --compare=madebyollin/taesdxl --images=photos --count=100 --size=256,512
     python sample.py --curves=out-a,out-b              # what their logs hold, over each other
 """
 import os
-import time
+from json import dumps
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Images
+from data import Images, whole_picture
 from model import parameters
+from support.compare import load_students, lpips_if_there, megabytes, milliseconds, print_table
 from support.configure import configure, pick_device, require_positive, stop
 from support.curves import draw_curves
 from support.export import export as export_weights
-from support.export import fit_latent_rgb, latent_rgb, save_latent_rgb
-from support.files import load_checkpoint, load_student, save_file, student
+from support.export import fit_latent_rgb, latent_rgb, save_latent_rgb, save_text
+from support.files import load_checkpoint, save_file
 from teacher import Teacher
 
 # -----------------------------------------------------------------------------
@@ -29,9 +32,11 @@ from teacher import Teacher
 out_dir = "out"            # the run to look at; the picture goes to samples/sample.png in it
 images = ""                # an image or a folder; '' = the run's held-out images
 count = 8                  # how many images, at most
-size = 256                 # images= are shown and measured as centre squares of this side in pixels
+size = "256"               # images= are measured as centre squares of this side in pixels, or of several: 256,512
+                           # 0: whole pictures at their own size, a file each in samples/whole
 compare = ""               # weights to set beside the run's: a file of them, an AutoencoderTiny, another out_dir
-teacher = ""               # instead of a run: look at a teacher alone, named as for train.py
+teacher = ""               # instead of a run: look at a teacher, named as for train.py, and at compare= if given
+json = ""                  # a file for the figures, to be read by machines
 curves = ""                # instead: draw the logs of these runs, separated by commas, to curves.png
 export = False             # instead: write the weights for other programs to out_dir/export
 export_name = "taesd"      # their files are named so: taesdxl_decoder.pth in ComfyUI's models/vae_approx
@@ -85,6 +90,16 @@ def measure(fake, real):
             "lowres_mse": lowres_mse(fake, real).mean().item(), "sharpness": sharpness(fake, real).item()}
 
 
+def latent_errors(latents, goal):
+    """{name: figure} of a student's latents against the teacher's, [N,C,h,w]: the mean square, in units of the latents'
+    variance, 1, and how far mean and standard deviation of the worst channel are off, in its standard deviations."""
+    (mean, std), (goal_mean, goal_std) = ((z.mean((0, 2, 3)), z.std((0, 2, 3))) for z in (latents, goal))
+    goal_std = goal_std.clamp(min=1e-4)  # of a flat picture it is 0
+    return {"latent_mse": F.mse_loss(latents, goal).item(),
+            "latent_mean_error": ((mean - goal_mean).abs() / goal_std).max().item(),
+            "latent_std_error": (std / goal_std - 1).abs().max().item()}
+
+
 def chunked(network, images):
     """Apply a network to 4 images at a time: whole held-out sets fit in little memory. Gives float32."""
     return torch.cat([network(chunk).float() for chunk in images.split(4)])
@@ -134,53 +149,55 @@ class HeldOut:
         self.draw(path, **{"our decoder on the teacher's latents": from_teacher,
                            "our encoder and decoder": from_student})
         figures = {f"val_{name}": value for name, value in measure(from_teacher, self.real).items()}
-        figures["val_latent_mse"] = F.mse_loss(latent, self.latent).item()
-        (mean, std), (goal_mean, goal_std) = ((z.mean((0, 2, 3)), z.std((0, 2, 3))) for z in (latent, self.latent))
-        goal_std = goal_std.clamp(min=1e-4)  # of a flat picture it is 0
-        figures["val_latent_mean_error"] = ((mean - goal_mean).abs() / goal_std).max().item()  # of the worst channel
-        figures["val_latent_std_error"] = (std / goal_std - 1).abs().max().item()  # likewise
+        figures |= {f"val_{name}": value for name, value in latent_errors(latent, self.latent).items()}
         figures["val_psnr_raw"] = measure(raw, self.real)["psnr"]  # of the weights as they are, not averaged
         return {name: round(value, 6) for name, value in figures.items()}
 
 
 # python sample.py
 
-def milliseconds(decode, latents):
-    """Time to decode the first of the latents: median of 5 runs after one to warm up."""
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        decode(latents[:1]).sum().item()  # .item() waits for the device
-        times.append(1000 * (time.perf_counter() - start))
-    return sorted(times[1:])[2]
+def look(vae, students, real, distance):
+    """Of the teacher and of students on images [N,3,H,W]: ({label: their images}, {label: {name: figure}}, {label:
+    latents}). distance: LPIPS, or None."""
+    latents = chunked(vae.encode, real)
+    pictures, figures, codes = {}, {}, {"the teacher's latents": latents}
+
+    def add(label, decode, latents, *modules, **errors):
+        fake = pictures[label] = chunked(decode, latents).clamp(0, 1)
+        figures[label] = measure(fake, real) | errors | {
+            "decode_ms": milliseconds(decode, latents), "megabytes": sum(map(megabytes, modules)),
+            "parameters": sum(map(parameters, modules))}
+        if distance:
+            values = [distance(*pair).item() * len(pair[0]) for pair in zip(fake.split(4), real.split(4))]
+            figures[label]["lpips"] = sum(values) / len(real)
+    add("teacher round trip", vae.decode, latents, vae.vae)
+    for label, networks in students.items():
+        encoder, decoder = networks.get("encoder"), networks.get("decoder")
+        if decoder:
+            add(f"{label} decoder", decoder, latents, decoder)
+        if encoder:
+            theirs = codes[f"{label} latents"] = chunked(encoder, real)
+            errors = latent_errors(theirs, latents)
+            if decoder:
+                add(f"{label} encoder and decoder", decoder, theirs, encoder, decoder, **errors)
+            add(f"{label} encoder, teacher's decoder", vae.decode, theirs, encoder, **errors)
+    return pictures, figures, codes
 
 
-def load_students(checkpoint, vae, place):
-    """{label: {"encoder": network, "decoder": network}} of the run, and of the weights to compare."""
-    students = {"our": student(checkpoint)}
-    if compare:
-        other = load_student(compare, "--compare")
-        theirs = [other["shape"][name] for name in ("latent_channels", "factor")]
-        if theirs != [vae.latent_channels, vae.factor]:
-            stop(f"--compare={compare}: has {theirs[0]} channels at factor {theirs[1]}, the run's teacher "
-                 f"{vae.latent_channels} at {vae.factor}")
-        students[f"{os.path.basename(os.path.normpath(compare))[:18]}:"] = student(other)
-    for networks in students.values():
-        for network in networks.values():
-            network.to(place)
-    return students
-
-
-def print_table(rows, real):
-    """rows: {label: (images, latent MSE or None, milliseconds, parameters)}."""
-    wide = max(24, *map(len, rows))
-    print(f"{'':{wide}} {'PSNR dB':>8} {'SSIM':>7} {'lowres MSE':>11} {'sharpness':>10} {'latent MSE':>11} "
-          f"{'decode ms':>10} {'parameters':>12}")
-    for label, (fake, latent_mse, decode_ms, n_parameters) in rows.items():
-        figures = measure(fake, real)
-        latent_mse = "" if latent_mse is None else f"{latent_mse:.4f}"
-        print(f"{label:{wide}} {figures['psnr']:8.2f} {figures['ssim']:7.4f} {figures['lowres_mse']:11.6f} "
-              f"{figures['sharpness']:10.3f} {latent_mse:>11} {decode_ms:10.1f} {n_parameters:12,}")
+def whole(vae, students, paths, folder):
+    """Write whole pictures, a file each: the original, the teacher's and each decoder's."""
+    if hasattr(vae.vae, "enable_tiling"):
+        vae.vae.enable_tiling()  # the teacher takes large ones in parts: memory stays bounded
+    for path in paths:
+        real = whole_picture(path, vae.multiple).to(vae.device) / 255
+        latent = vae.encode(real)
+        shown = {"original": real, "teacher": vae.decode(latent)}
+        for label, networks in students.items():
+            if "decoder" in networks:
+                shown[label] = networks["decoder"](latent).clamp(0, 1)
+        target = os.path.join(folder, os.path.splitext(os.path.basename(path))[0] + ".png")
+        picture({" | ".join(shown): torch.cat(list(shown.values()))}, target)
+        print(f"wrote {target}, {real.shape[-1]}x{real.shape[-2]} each: {' | '.join(shown)}", flush=True)
 
 
 @torch.no_grad()
@@ -195,50 +212,43 @@ def main():
     checkpoint = None if teacher else load_checkpoint(out_dir)
     if export and checkpoint:
         return export_weights(checkpoint, out_dir, export_name, getattr(torch, export_dtype))
-    name = teacher or checkpoint["settings"]["teacher"]
+    name, folder = teacher or checkpoint["settings"]["teacher"], os.path.join(out_dir, "samples")
     vae = Teacher(name, place)
-    students = load_students(checkpoint, vae, place) if checkpoint else {}
-    if images or not checkpoint:
-        if size < 16 or size % vae.multiple:
-            stop(f"--size={size}: must be 16 or more and a multiple of {vae.multiple} for this teacher")
-        real = Images("", images).held_out(count, size)
-    else:
-        real = checkpoint["held_out"][:count]
-    real = real.to(place) / 255
-
-    def row(decode, latents, n_parameters, latent_mse=None):
-        return chunked(decode, latents).clamp(0, 1), latent_mse, milliseconds(decode, latents), n_parameters
-
-    latents = chunked(vae.encode, real)
-    rows = {"teacher round trip": row(vae.decode, latents, vae.parameters)}
-    factors, bias, r2 = fit_latent_rgb(latents, real)
-    colors = {"latent_rgb_factors on the teacher's latents": latent_rgb(latents, factors, bias, real.shape[-1])}
-    for label, networks in students.items():
-        encoder, decoder = networks.get("encoder"), networks.get("decoder")
-        if decoder:
-            rows[f"{label} decoder"] = row(decoder, latents, parameters(decoder))
-        if encoder:
-            theirs = chunked(encoder, real)
-            colors[f"{label} latents"] = latent_rgb(theirs, factors, bias, real.shape[-1])
-        if encoder and decoder:
-            rows[f"{label} encoder and decoder"] = row(decoder, theirs, parameters(encoder) + parameters(decoder),
-                                                       F.mse_loss(theirs, latents).item())
-
-    path = os.path.join(out_dir, "samples", "sample.png")
-    picture({"original": real} | {label: row[0] for label, row in rows.items()} | colors, path)
-    print(f"{out_dir}: step {checkpoint['step']}, teacher {name}" if checkpoint else f"teacher {name}: {vae}", end="")
-    print(f"; {len(real)} images ({images or ('held out' if checkpoint else 'bundled')}) of {real.shape[-1]}x"
-          f"{real.shape[-1]}, {place} {vae.dtype}\n".replace("torch.", ""))
-    if not checkpoint:
-        print("latents by channel; within a factor of two or so of 0 and 1 if the scale is right:")
-        for statistic in ("mean", "std"):
-            print(f"{statistic:5}" + " ".join(f"{v:6.2f}" for v in getattr(latents, statistic)((0, 2, 3)).tolist()))
-    print_table(rows, real)
+    students, found = load_students(checkpoint, compare, vae), {}
+    if size == "0":
+        return whole(vae, students, Images("", images).val[:count], os.path.join(folder, "whole"))
+    sides = [None] if checkpoint and not images else [int(side) if side.isdigit() else 0 for side in size.split(",")]
+    for side in sides:
+        if side is not None and (side < 16 or side % vae.multiple):
+            stop(f"--size={size}: must be 16 or more and a multiple of {vae.multiple} for this teacher, or several of "
+                 f"these, as in 256,512; or 0, for whole pictures")
+    print(f"{out_dir}: step {checkpoint['step']}, teacher {name}" if checkpoint else f"teacher {name}: {vae}")
+    distance = lpips_if_there(place)
+    for side in sides:
+        real = (Images("", images).held_out(count, side) if side else checkpoint["held_out"][:count]).to(place) / 255
+        side = real.shape[-1]
+        pictures, figures, codes = look(vae, students, real, distance)
+        latents = codes["the teacher's latents"]
+        factors, bias, r2 = fit_latent_rgb(latents, real)
+        colors = {f"{label} by latent_rgb_factors": latent_rgb(z, factors, bias, side) for label, z in codes.items()}
+        path = os.path.join(folder, "sample.png" if len(sides) == 1 else f"sample-{side}.png")
+        picture({"original": real} | pictures | colors, path)
+        print(f"\n{len(real)} images ({images or ('held out' if checkpoint else 'bundled')}) of {side}x{side}, {place} "
+              f"{vae.dtype}: {path}\n".replace("torch.", ""))
+        print_table(figures)
+        found[side] = {"figures": figures, "latents": {label: {
+            statistic: getattr(z, statistic)((0, 2, 3)).tolist() for statistic in ("mean", "std")}
+            for label, z in codes.items()}}
     rgb_path = os.path.join(out_dir, "latent_rgb_factors.json")
     text = save_latent_rgb(rgb_path, factors, bias)
     if not checkpoint:
+        print("\nlatents by channel; within a factor of two or so of 0 and 1 if the scale is right:")
+        for statistic in ("mean", "std"):
+            print(f"{statistic:5}" + " ".join(f"{v:6.2f}" for v in getattr(latents, statistic)((0, 2, 3)).tolist()))
         print(f"\nlatents to colours by one matrix, R2 {r2:.2f}; ready to paste:\n{text}")
-    print(f"\nwrote {path}, {rgb_path}")
+    if json:
+        save_text(json, dumps({"teacher": name, "images": images, "size": found}, indent=1))
+    print(f"\nwrote {', '.join(filter(None, (path, rgb_path, json)))}")
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def test_sample(tiny_run, tmp_path):
     out = shutil.copytree(tiny_run.out, tmp_path / "out")
     table = run("sample.py", f"--out_dir={out}", "--device=cpu")
     assert all(row in table for row in ("teacher round trip", "our decoder", "our encoder and decoder"))
-    assert Image.open(out / "samples" / "sample.png").size == (64, 6 * (64 + 20))  # one of 25 files is held out
+    assert Image.open(out / "samples" / "sample.png").size == (64, 7 * (64 + 20))  # one of 25 files is held out
 
 
 @torch.no_grad()

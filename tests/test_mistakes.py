@@ -137,6 +137,8 @@ def test_a_mistake_is_one_clear_line(arguments, words, mistaken, tmp_path, monke
     ("--out_dir={folder}/run --count=0", "more than 0"), ("--out_dir={folder}/run --export_dtype=int8", "float16"),
     ("--out_dir={folder}/run --images={folder}/nowhere", "no such folder"),
     ("--teacher=toy --size=50", "multiple of 8"), ("--teacher=toy --size=8", "16 or more"),
+    ("--teacher=toy --size=64,", "16 or more"), ("--teacher=toy --size=big", "or 0, for whole pictures"),
+    ("--teacher=toy --compare=nothing", "--compare=nothing: no such weights"), ("--curves=gone", "not a readable log"),
     ("--out_dir={folder}/run --images={folder}/texts", "can be read"), ("--teacher=sdlx", "did you mean sdxl"),
     ("--out_dir={folder}/run --compare={folder}/gone.pth", "no such file"),
     ("--teacher=toy --images={folder}/empty", ".jpg"), ("--out_dir={folder}/run --device=tpu9", "--device=tpu9"),

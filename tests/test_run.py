@@ -85,18 +85,6 @@ def test_settings_are_what_train_lists(tiny_run):
     assert len(listed) > 40 and list(records(tiny_run.out)[0]["settings"]) == listed
 
 
-def test_compare(tiny_run, copied_run, capsys):
-    script("sample.py", f"--out_dir={copied_run}", f"--compare={tiny_run.out / 'diffusers'}", "--device=cpu")
-    output = capsys.readouterr().out
-    rows = {line[:31].strip(): line[31:].split() for line in output.splitlines() if "decoder" in line}
-    assert rows["our encoder and decoder"][:5] == rows["diffusers: encoder and decoder"][:5]  # the same weights
-    with Image.open(copied_run / "samples" / "sample.png") as picture:
-        assert picture.height == 9 * (64 + 20)
-    script("sample.py", f"--out_dir={copied_run}", f"--images={tiny_run.folder / '0.jpg'}", "--size=48", "--device=cpu")
-    with Image.open(copied_run / "samples" / "sample.png") as picture:
-        assert picture.size == (48, 6 * (48 + 20))
-
-
 def test_out_of_memory_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", None)
     report.explain_out_of_memory(dict(batch_size=16, crop=96, window=256, replay_size=8, out_dir="out"))

@@ -1,0 +1,82 @@
+"""python sample.py: students beside their teacher, at several sizes, as pictures, a table and JSON."""
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import sample
+from conftest import load, script
+from support import files
+from teacher import Teacher
+
+
+def test_compare(tiny_run, copied_run, capsys):
+    script("sample.py", f"--out_dir={copied_run}", f"--compare={tiny_run.out / 'diffusers'}", "--device=cpu")
+    output = capsys.readouterr().out
+    rows = {line[:36].strip(): line[36:].split() for line in output.splitlines() if "decoder" in line}
+    assert rows["our encoder and decoder"][:7] == rows["diffusers: encoder and decoder"][:7]  # the same weights
+    with Image.open(copied_run / "samples" / "sample.png") as picture:
+        assert picture.height == 11 * (64 + 20)
+    script("sample.py", f"--out_dir={copied_run}", f"--images={tiny_run.folder / '0.jpg'}", "--size=48", "--device=cpu")
+    with Image.open(copied_run / "samples" / "sample.png") as picture:
+        assert picture.size == (48, 7 * (48 + 20))
+
+
+@torch.no_grad()
+def test_a_tiny_autoencoder_without_a_run(tiny_run, tmp_path):
+    """Its figures at two sizes are those worked out here."""
+    path, out = tiny_run.out / "taesd_encoder.pth", tmp_path / "out"
+    script("sample.py", "--teacher=toy", f"--compare={path}", f"--images={tiny_run.folder}", "--count=1", "--size=32,64",
+           "--device=cpu", f"--json={tmp_path / 'figures.json'}", f"--out_dir={out}")
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["teacher"] == "toy" and list(written["size"]) == ["32", "64"]
+    teacher, ours = Teacher("toy"), files.student(files.load_student(str(path)))
+    real = data.Images("", str(tiny_run.folder)).held_out(1, 64) / 255
+    latent, theirs = teacher.encode(real), ours["encoder"](real)
+    pictures = {"teacher round trip": teacher.decode(latent), "taesd_encoder.pth: decoder": ours["decoder"](latent),
+                "taesd_encoder.pth: encoder and decoder": ours["decoder"](theirs),
+                "taesd_encoder.pth: encoder, teacher's decoder": teacher.decode(theirs)}
+    figures = written["size"]["64"]["figures"]
+    assert figures.keys() == pictures.keys()
+    for label, picture in pictures.items():
+        for name, value in sample.measure(picture.clamp(0, 1), real).items():
+            assert figures[label][name] == pytest.approx(value, rel=1e-3), (label, name)
+    for label in list(pictures)[2:]:
+        assert figures[label]["latent_mse"] == pytest.approx((theirs - latent).square().mean().item(), rel=1e-3)
+    both = figures["taesd_encoder.pth: encoder and decoder"]
+    assert both["parameters"] == 19_764 + 19_763 and both["megabytes"] == pytest.approx(4 * 39_527 / 2**20, rel=1e-3)
+    channels = written["size"]["64"]["latents"]["taesd_encoder.pth: latents"]
+    assert channels["mean"] == pytest.approx(theirs.mean((0, 2, 3)).tolist(), abs=1e-3) and len(channels["std"]) == 4
+    assert {path.name for path in (out / "samples").iterdir()} == {"sample-32.png", "sample-64.png"}
+
+
+def test_errors_of_latents_by_hand():
+    goal = torch.tensor([[0.0, 2.0], [1.0, 5.0]]).view(1, 2, 1, 2)  # means 1 and 3, standard deviations √2 and 2√2
+    errors = sample.latent_errors(goal * torch.tensor([1.0, 0.5]).view(1, 2, 1, 1), goal)
+    assert errors["latent_mse"] == pytest.approx((0.25 + 6.25) / 4)
+    assert errors["latent_mean_error"] == pytest.approx(1.5 / 8**0.5)
+    assert errors["latent_std_error"] == pytest.approx(0.5)
+
+
+def test_whole_pictures(copied_run, tmp_path, capsys):
+    Image.radial_gradient("L").resize((75, 44)).convert("RGB").save(tmp_path / "photo.png")
+    script("sample.py", f"--out_dir={copied_run}", f"--images={tmp_path / 'photo.png'}", "--size=0", "--device=cpu")
+    assert "72x40 each: original | teacher | our" in capsys.readouterr().out
+    with Image.open(copied_run / "samples" / "whole" / "photo.png") as picture, Image.open(tmp_path / "photo.png") as original:
+        assert picture.size == (3 * 72, 40 + 20)
+        assert picture.crop((0, 20, 72, 60)).tobytes() == original.crop((1, 2, 73, 42)).tobytes()
+        parts = [picture.crop((72 * i, 20, 72 * i + 72, 60)).tobytes() for i in range(3)]
+        assert len(set(parts)) == 3
+    assert load(copied_run / "ckpt.pt")["step"] == 120  # nothing else was touched
+
+
+def test_a_picture_on_its_side(tmp_path):
+    picture = Image.radial_gradient("L").resize((40, 72)).convert("RGBA")
+    picture.putalpha(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture.save(tmp_path / "turned.png", exif=exif)
+    whole = data.whole_picture(str(tmp_path / "turned.png"), 16)
+    assert whole.shape == (1, 3, 32, 64) and (whole == 255).all()  # transparent: white
