@@ -194,7 +194,7 @@ def whole(vae, students, paths, folder):
         shown = {"original": real, "teacher": vae.decode(latent)}
         for label, networks in students.items():
             if "decoder" in networks:
-                shown[label] = networks["decoder"](latent).clamp(0, 1)
+                shown[label.rstrip(":")] = networks["decoder"](latent).clamp(0, 1)
         target = os.path.join(folder, os.path.splitext(os.path.basename(path))[0] + ".png")
         picture({" | ".join(shown): torch.cat(list(shown.values()))}, target)
         print(f"wrote {target}, {real.shape[-1]}x{real.shape[-2]} each: {' | '.join(shown)}", flush=True)
