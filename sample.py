@@ -127,8 +127,8 @@ def picture(rows, path):
 class HeldOut:
     """What a student is measured on: images, [N,3,H,W] uint8, their latents and the teacher's round trip."""
     def __init__(self, images, vae, name):
-        self.real, self.name = images.to(vae.device, memory_format=torch.channels_last) / 255, name
-        self.about = f"{name}: {vae}"
+        self.vae, self.name, self.about = vae, name, f"{name}: {vae}"
+        self.real = images.to(vae.device, memory_format=torch.channels_last) / 255
         self.latent = chunked(vae.encode, self.real)
         self.round_trip = chunked(vae.decode, self.latent)
         self.goal = measure(self.round_trip, self.real)
@@ -146,10 +146,14 @@ class HeldOut:
             from_teacher = chunked(decoder, self.latent).clamp(0, 1)
             from_student = chunked(decoder, latent).clamp(0, 1)
             raw = chunked(raw_decoder, self.latent).clamp(0, 1)
+        by_teacher = chunked(self.vae.decode, latent)
         self.draw(path, **{"our decoder on the teacher's latents": from_teacher,
-                           "our encoder and decoder": from_student})
+                           "our encoder and decoder": from_student,
+                           "our encoder, the teacher's decoder": by_teacher})
         figures = {f"val_{name}": value for name, value in measure(from_teacher, self.real).items()}
         figures |= {f"val_{name}": value for name, value in latent_errors(latent, self.latent).items()}
+        of_teacher = measure(by_teacher, self.real)
+        figures |= {f"val_teacher_{name}": of_teacher[name] for name in ("psnr", "lowres_mse")}
         figures["val_psnr_raw"] = measure(raw, self.real)["psnr"]  # of the weights as they are, not averaged
         return {name: round(value, 6) for name, value in figures.items()}
 

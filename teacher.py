@@ -93,11 +93,6 @@ class Teacher:
         found = self.vae.encode(images)
         return found.latent_dist.mode() if hasattr(found, "latent_dist") else found[0]  # .latent or .latents
 
-    def drop_decoder(self):
-        """Free the decoder's memory, once no more round trips are due. `encode` still works."""
-        self.raw_decode = None
-        self.vae.decoder = torch.nn.Identity()
-
     @torch.no_grad()
     def encode(self, images):
         """[N,3,H,W] images in [0,1], sides multiples of `multiple` -> [N,latent_channels,H/factor,W/factor] ~ N(0,1)"""

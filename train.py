@@ -283,7 +283,6 @@ if checkpoint:
 
 introduce(settings, images, vae, networks, {"pool": pool, "replay": replay}, machine)
 held_out = HeldOut(images.held_out(eval_images, eval_size), vae, teacher)
-vae.drop_decoder()
 images.batch(across * crop, 1, 0, [seed, 0])  # of broken files alone? Then stop before anything is written
 report = Report(settings, progress, held_out, machine, started)
 

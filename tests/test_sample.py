@@ -7,7 +7,7 @@ from PIL import Image
 
 import data
 import sample
-from conftest import load, script
+from conftest import evaluations, load, script
 from support import files
 from teacher import Teacher
 
@@ -28,8 +28,8 @@ def test_compare(tiny_run, copied_run, capsys):
 def test_a_tiny_autoencoder_without_a_run(tiny_run, tmp_path):
     """Its figures at two sizes are those worked out here."""
     path, out = tiny_run.out / "taesd_encoder.pth", tmp_path / "out"
-    script("sample.py", "--teacher=toy", f"--compare={path}", f"--images={tiny_run.folder}", "--count=1", "--size=32,64",
-           "--device=cpu", f"--json={tmp_path / 'figures.json'}", f"--out_dir={out}")
+    script("sample.py", "--teacher=toy", f"--compare={path}", f"--images={tiny_run.folder}", "--count=1",
+           "--size=32,64", "--device=cpu", f"--json={tmp_path / 'figures.json'}", f"--out_dir={out}")
     written = json.loads((tmp_path / "figures.json").read_text())
     assert written["teacher"] == "toy" and list(written["size"]) == ["32", "64"]
     teacher, ours = Teacher("toy"), files.student(files.load_student(str(path)))
@@ -52,6 +52,19 @@ def test_a_tiny_autoencoder_without_a_run(tiny_run, tmp_path):
     assert {path.name for path in (out / "samples").iterdir()} == {"sample-32.png", "sample-64.png"}
 
 
+@torch.no_grad()
+def test_figures_of_a_run(tiny_run):
+    """The last evaluation's, worked out from its checkpoint."""
+    checkpoint, teacher = load(tiny_run.out / "ckpt.pt"), Teacher("toy")
+    real, ours, figures = checkpoint["held_out"] / 255, files.student(checkpoint), evaluations(tiny_run.out)[-1]
+    latent, theirs = teacher.encode(real), ours["encoder"](real)
+    picture, by_teacher = ours["decoder"](latent).clamp(0, 1), sample.measure(teacher.decode(theirs), real)
+    expected = sample.measure(picture, real) | sample.latent_errors(theirs, latent)
+    expected |= {f"teacher_{name}": by_teacher[name] for name in ("psnr", "lowres_mse")}
+    for name, value in expected.items():
+        assert figures[f"val_{name}"] == pytest.approx(value, rel=0.05, abs=1e-4), name
+
+
 def test_errors_of_latents_by_hand():
     goal = torch.tensor([[0.0, 2.0], [1.0, 5.0]]).view(1, 2, 1, 2)  # means 1 and 3, standard deviations √2 and 2√2
     errors = sample.latent_errors(goal * torch.tensor([1.0, 0.5]).view(1, 2, 1, 1), goal)
@@ -64,7 +77,8 @@ def test_whole_pictures(copied_run, tmp_path, capsys):
     Image.radial_gradient("L").resize((75, 44)).convert("RGB").save(tmp_path / "photo.png")
     script("sample.py", f"--out_dir={copied_run}", f"--images={tmp_path / 'photo.png'}", "--size=0", "--device=cpu")
     assert "72x40 each: original | teacher | our" in capsys.readouterr().out
-    with Image.open(copied_run / "samples" / "whole" / "photo.png") as picture, Image.open(tmp_path / "photo.png") as original:
+    path = copied_run / "samples" / "whole" / "photo.png"
+    with Image.open(path) as picture, Image.open(tmp_path / "photo.png") as original:
         assert picture.size == (3 * 72, 40 + 20)
         assert picture.crop((0, 20, 72, 60)).tobytes() == original.crop((1, 2, 73, 42)).tobytes()
         parts = [picture.crop((72 * i, 20, 72 * i + 72, 60)).tobytes() for i in range(3)]

@@ -183,13 +183,6 @@ def test_toy_teacher_draws_recognisable_pictures():
     assert sum(path.stat().st_size for path in (HERE / "assets" / "toy_vae").iterdir()) < 2**20
 
 
-def test_it_encodes_without_its_decoder():
-    teacher, image = Teacher("toy"), torch.rand(1, 3, 32, 32)
-    latent, size = teacher.encode(image), sum(p.numel() for p in teacher.vae.parameters())
-    teacher.drop_decoder()
-    assert torch.equal(teacher.encode(image), latent) and sum(p.numel() for p in teacher.vae.parameters()) < size
-
-
 def test_a_look_at_a_teacher(tmp_path, capsys):
     script("sample.py", "--teacher=toy", "--device=cpu", "--count=3", "--size=64", f"--out_dir={tmp_path}")
     output = capsys.readouterr().out
