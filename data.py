@@ -71,11 +71,13 @@ class Images:
 
     def read(self, path, size, rng):
         """A random crop of the file as [size,size,3] uint8 (rng=None: the centre square); None if it is unreadable."""
+        return self.attempt(square_crop, path, size, rng)
+
+    def attempt(self, function, path, *arguments):
+        """A function of a file, or None, once said, where it is unreadable."""
         try:
-            for pack in self.packs:
-                if path in pack.rows:
-                    return square_crop(path, size, rng, pack.open)
-            return square_crop(path, size, rng)
+            opens = [pack.open for pack in self.packs if path in pack.rows]
+            return function(path, *arguments, *opens)
         except Exception as error:  # Pillow raises a dozen kinds on broken files
             with self.lock:
                 if path not in self.bad:
@@ -199,17 +201,6 @@ def square_crop(path, size, rng=None, open_image=Image.open):
         color = (255,) * 3 if rng is None else tuple(int(c) for c in rng.integers(256, size=3))
         square = Image.alpha_composite(Image.new("RGBA", square.size, color), square)
     return np.asarray(square.convert("RGB"))
-
-
-def whole_picture(path, multiple):
-    """A file at its own size, upright, on white, its centre cut to multiples of so many pixels: [1,3,H,W] uint8."""
-    with Image.open(path) as image:
-        image = in_srgb(ImageOps.exif_transpose(resizable(image)), image.info.get("icc_profile"))
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    width, height = (side // multiple * multiple for side in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return to_tensor([np.asarray(image.convert("RGB").crop((left, top, left + width, top + height)))])
 
 
 def mirrored(image, size):

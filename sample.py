@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Images, whole_picture
+from data import Images
 from model import parameters
 from support.compare import load_students, lpips_if_there, megabytes, milliseconds, print_table
 from support.configure import configure, pick_device, require_positive, stop
@@ -25,6 +25,7 @@ from support.curves import draw_curves
 from support.export import export as export_weights
 from support.export import fit_latent_rgb, latent_rgb, save_latent_rgb, save_text
 from support.files import load_checkpoint, save_file
+from support.whole import draw_whole
 from teacher import Teacher
 
 # -----------------------------------------------------------------------------
@@ -33,7 +34,7 @@ out_dir = "out"            # the run to look at; the picture goes to samples/sam
 images = ""                # an image or a folder; '' = the run's held-out images
 count = 8                  # how many images, at most
 size = "256"               # images= are measured as centre squares of this side in pixels, or of several: 256,512
-                           # 0: whole pictures at their own size, a file each in samples/whole
+                           # 0: whole pictures of at most 2048 pixels, a file each in samples/whole
 compare = ""               # weights to set beside the run's: a file of them, an AutoencoderTiny, another out_dir
 teacher = ""               # instead of a run: look at a teacher, named as for train.py, and at compare= if given
 json = ""                  # a file for the figures, to be read by machines
@@ -127,7 +128,7 @@ def picture(rows, path):
 class HeldOut:
     """What a student is measured on: images, [N,3,H,W] uint8, their latents and the teacher's round trip."""
     def __init__(self, images, vae, name):
-        self.vae, self.name, self.about = vae, name, f"{name}: {vae}"
+        self.vae, self.name, self.about = vae, name, f"{os.path.basename(os.path.normpath(name))}: {vae}"
         self.real = images.to(vae.device, memory_format=torch.channels_last) / 255
         self.latent = chunked(vae.encode, self.real)
         self.round_trip = chunked(vae.decode, self.latent)
@@ -161,16 +162,17 @@ class HeldOut:
 # python sample.py
 
 def look(vae, students, real, distance):
-    """Of the teacher and of students on images [N,3,H,W]: ({label: their images}, {label: {name: figure}}, {label:
+    """Of the teacher and of students on images [N,3,H,W]: ({label: their first 8}, {label: {name: figure}}, {label:
     latents}). distance: LPIPS, or None."""
     latents = chunked(vae.encode, real)
     pictures, figures, codes = {}, {}, {"the teacher's latents": latents}
 
     def add(label, decode, latents, *modules, **errors):
-        fake = pictures[label] = chunked(decode, latents).clamp(0, 1)
+        fake = chunked(decode, latents).clamp(0, 1)
         figures[label] = measure(fake, real) | errors | {
             "decode_ms": milliseconds(decode, latents), "megabytes": sum(map(megabytes, modules)),
             "parameters": sum(map(parameters, modules))}
+        pictures[label] = fake[:8]
         if distance:
             values = [distance(*pair).item() * len(pair[0]) for pair in zip(fake.split(4), real.split(4))]
             figures[label]["lpips"] = sum(values) / len(real)
@@ -188,22 +190,6 @@ def look(vae, students, real, distance):
     return pictures, figures, codes
 
 
-def whole(vae, students, paths, folder):
-    """Write whole pictures, a file each: the original, the teacher's and each decoder's."""
-    if hasattr(vae.vae, "enable_tiling"):
-        vae.vae.enable_tiling()  # the teacher takes large ones in parts: memory stays bounded
-    for path in paths:
-        real = whole_picture(path, vae.multiple).to(vae.device) / 255
-        latent = vae.encode(real)
-        shown = {"original": real, "teacher": vae.decode(latent)}
-        for label, networks in students.items():
-            if "decoder" in networks:
-                shown[label.rstrip(":")] = networks["decoder"](latent).clamp(0, 1)
-        target = os.path.join(folder, os.path.splitext(os.path.basename(path))[0] + ".png")
-        picture({" | ".join(shown): torch.cat(list(shown.values()))}, target)
-        print(f"wrote {target}, {real.shape[-1]}x{real.shape[-2]} each: {' | '.join(shown)}", flush=True)
-
-
 @torch.no_grad()
 def main():
     require_positive(globals(), "count")
@@ -212,6 +198,12 @@ def main():
     if curves:
         draw_curves(curves.split(","), "curves.png")
         return print("wrote curves.png")
+    if size == "0" and (json or not images):
+        stop("--size=0: whole pictures are looked at, not measured; it needs --images= and no --json=")
+    if teacher and export:
+        stop(f"--export: of a run alone; --teacher={teacher} is a look at a teacher")
+    if not os.path.isdir(os.path.dirname(json) or "."):
+        stop(f"--json={json}: there is no such folder")
     place = pick_device(device)
     checkpoint = None if teacher else load_checkpoint(out_dir)
     if export and checkpoint:
@@ -220,7 +212,8 @@ def main():
     vae = Teacher(name, place)
     students, found = load_students(checkpoint, compare, vae), {}
     if size == "0":
-        return whole(vae, students, Images("", images).val[:count], os.path.join(folder, "whole"))
+        return draw_whole(vae, students, Images("", images), count, os.path.join(folder, "whole"), picture)
+    stem = os.path.join(folder, "look" if teacher else "sample")  # a look at a teacher leaves a run's as it is
     sides = [None] if checkpoint and not images else [int(side) if side.isdigit() else 0 for side in size.split(",")]
     for side in sides:
         if side is not None and (side < 16 or side % vae.multiple):
@@ -234,16 +227,16 @@ def main():
         pictures, figures, codes = look(vae, students, real, distance)
         latents = codes["the teacher's latents"]
         factors, bias, r2 = fit_latent_rgb(latents, real)
-        colors = {f"{label} by latent_rgb_factors": latent_rgb(z, factors, bias, side) for label, z in codes.items()}
-        path = os.path.join(folder, "sample.png" if len(sides) == 1 else f"sample-{side}.png")
-        picture({"original": real} | pictures | colors, path)
+        colors = {f"{label}, by latent_rgb": latent_rgb(z[:8], factors, bias, side) for label, z in codes.items()}
+        path = f"{stem}.png" if len(sides) == 1 else f"{stem}-{side}.png"
+        picture({"original": real[:8]} | pictures | colors, path)
         print(f"\n{len(real)} images ({images or ('held out' if checkpoint else 'bundled')}) of {side}x{side}, {place} "
               f"{vae.dtype}: {path}\n".replace("torch.", ""))
         print_table(figures)
         found[side] = {"figures": figures, "latents": {label: {
             statistic: getattr(z, statistic)((0, 2, 3)).tolist() for statistic in ("mean", "std")}
             for label, z in codes.items()}}
-    rgb_path = os.path.join(out_dir, "latent_rgb_factors.json")
+    rgb_path = f"{stem}-latent_rgb.json"
     text = save_latent_rgb(rgb_path, factors, bias)
     if not checkpoint:
         print("\nlatents by channel; within a factor of two or so of 0 and 1 if the scale is right:")

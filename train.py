@@ -373,6 +373,7 @@ while not last:
         if not stopping:
             evaluate()
         save_run(settings, shape, parts, progress, held_out)
+        report.draw()
         report.clock = time.time()  # the pause does not count
 
 loader.close()

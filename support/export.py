@@ -110,24 +110,29 @@ def save_onnx(path, module, dtype=torch.float32):
     save_file(path, lambda aside: program.save(aside, external_data=False))
 
 
-def model_card(checkpoint, preview="", name="taesd"):
-    """README.md, with the header of the Hugging Face hub, of a run's weights. preview: a picture beside it."""
+def model_card(checkpoint, preview="", name=""):
+    """README.md, with the header of the Hugging Face hub, of a run's weights: of a diffusers folder, or of a folder of
+    exports, named so. preview: a picture beside it."""
     settings, shape, figures = checkpoint["settings"], checkpoint["shape"], checkpoint["figures"]
-    teacher, data = (os.path.basename(os.path.normpath(settings[name])) for name in ("teacher", "data_dir"))
+    teacher, data = (os.path.basename(os.path.normpath(settings[key])) for key in ("teacher", "data_dir"))
     data = data if settings["data_dir"] else "assets/photos"
     origin = os.path.basename(os.path.normpath(checkpoint.get("origin", "scratch")))
     losses = ", ".join(f"{key} {settings[key]:g}" for key in settings if key.endswith("_weight") and settings[key])
-    rows = "\n".join(f"| {name.removeprefix('val_')} | {value:.4g} |" for name, value in figures.items())
-    loader = ("`diffusers.AutoencoderTiny.from_pretrained`" if shape["variant"] == "plain" else
-              f"`from taesd_student import load; encoder, decoder = load(\"{name}.safetensors\")`")
+    half_of = {key: "encoder" if key.startswith(("val_latent", "val_teacher")) else "decoder" for key in figures}
+    rows = "\n".join(f"| {key.removeprefix('val_')} | {value:.4g} |" for key, value in figures.items()
+                     if half_of[key] in checkpoint["ready"])
+    library, loader = "pytorch", f'from taesd_student import load; encoder, decoder = load("{name}.safetensors")'
+    if shape["variant"] == "plain" and len(checkpoint["ready"]) == 2:
+        where = '(..., subfolder="diffusers")' if name else ""
+        library, loader = "diffusers", f"diffusers.AutoencoderTiny.from_pretrained{where}"
     return f"""---
-library_name: diffusers
+library_name: {library}
 tags: [taesd, tiny-autoencoder]
 ---
 # Tiny autoencoder for {teacher}
 
-{shape["latent_channels"]} latent channels at factor {shape["factor"]}, width {shape["width"]}, {shape["variant"]}.
-Load with {loader}.
+{shape["latent_channels"]} latent channels at factor {shape["factor"]}, width {shape["width"]}, {shape["variant"]}:
+{" and ".join(checkpoint["ready"])}. Load with `{loader}`.
 Its images are [0,1] (for diffusers [-1,1]), its latents about N(0,1): those of the teacher after its own scaling, as
 its pipeline does it.
 
@@ -181,14 +186,27 @@ def export(checkpoint, out_dir, name, dtype):
         save_taesd(path(f"{name}_{half}.pth"), network, dtype)
     save_halves(path(f"{name}.safetensors"), networks, shape, dtype)
     save_module(path("taesd_student.py"), shape)
+    try:
+        module = {}
+        with open(os.path.join(folder, "taesd_student.py"), encoding="utf-8") as file:
+            exec(file.read(), module)
+        module["load"](os.path.join(folder, f"{name}.safetensors"))
+    except Exception as error:  # a fork's own encoder or decoder
+        print(f"taesd_student.py: does not load this student ({error}): what model.py has more, add to it by hand")
     if pictures:  # of the last evaluation
         save_file(path("preview.png"), lambda aside: shutil.copyfile(pictures[-1], aside))
     card = model_card(checkpoint, "preview.png" if pictures else "", name)
     save_text(path("README.md"), card)
-    if len(networks) == 2 and shape["variant"] == "plain":
-        save_diffusers(path("diffusers"), *networks.values(), dtype, model_card(checkpoint))
-    elif shape["variant"] != "plain":
+    if shape["variant"] != "plain":
         print(f"no diffusers folder: AutoencoderTiny cannot express the variant {shape['variant']}")
+    elif len(networks) < 2:
+        print(f"no diffusers folder: AutoencoderTiny wants both halves, this run has the {checkpoint['ready'][0]}")
+    else:
+        try:
+            save_diffusers(path("diffusers"), *networks.values(), dtype, model_card(checkpoint))
+        except RuntimeError as error:  # a fork's own
+            written.remove("diffusers")
+            print(f"no diffusers folder: AutoencoderTiny cannot express this student ({str(error).splitlines()[0]})")
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
         for half, network in networks.items():
             save_onnx(path(f"{name}_{half}.onnx"), network, dtype)
@@ -203,8 +221,8 @@ def export(checkpoint, out_dir, name, dtype):
 def fit_latent_rgb(latents, images):
     """The matrix that previews latents without a network, as ComfyUI and others keep one for each model, by least
     squares: (factors [C,3], bias [3], R²); latents @ factors + bias is the mean colour of a patch in [-1,1]."""
-    colors = F.adaptive_avg_pool2d(images * 2 - 1, latents.shape[-2:]).movedim(1, -1).flatten(0, 2).double().cpu()
-    values = latents.movedim(1, -1).flatten(0, 2).double().cpu()
+    colors = F.adaptive_avg_pool2d(images * 2 - 1, latents.shape[-2:]).movedim(1, -1).flatten(0, 2).cpu().double()
+    values = latents.movedim(1, -1).flatten(0, 2).cpu().double()
     values = torch.cat([values, torch.ones_like(values[:, :1])], 1)
     solved = torch.linalg.lstsq(values, colors, driver="gelsd").solution  # of the least norm where many would do
     r2 = 1 - (values @ solved - colors).square().sum() / (colors - colors.mean(0)).square().sum().clamp(min=1e-9)

@@ -53,6 +53,9 @@ def stop_not_finite(settings, step, what):
          f"and a smaller --learning_rate, or --dtype=float32")
 
 
+BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}"  # losses fit into 100 columns
+
+
 class Report:
     """log.jsonl and the screen: on a terminal a bar, elsewhere lines. The terms of a step stay on the device until they
     are reported: before every save."""
@@ -97,7 +100,7 @@ class Report:
             self.say(f"start     {time.time() - self.started:.1f} s until the first step was done")
             if sys.stdout.isatty():
                 self.bar = tqdm(total=self.settings["max_iters"], initial=self.progress.step - 1, unit=" steps",
-                                dynamic_ncols=True, file=sys.stdout, smoothing=0.05)
+                                dynamic_ncols=True, file=sys.stdout, smoothing=0.05, bar_format=BAR)
         if self.bar:
             self.bar.update()
         if self.profiler:
@@ -110,6 +113,7 @@ class Report:
         for age, (names, _) in zip(range(len(self.history) - 1, -1, -1), self.history):
             for name, value in zip(names, numbers):
                 if not math.isfinite(value):
+                    self.say("")  # below the bar
                     stop_not_finite(self.settings, step - age, f"{name} is {value}")
                 values.setdefault(name, []).append(value)
         seconds = time.time() - self.clock
@@ -121,7 +125,7 @@ class Report:
         shown = [f"{name} {value:.4g}" for name, value in record.items() if name not in ("step", "images_seen")]
         left = datetime.timedelta(seconds=round((max_iters - step) * self.settings["batch_size"] / rate))
         if self.bar:
-            self.bar.set_postfix_str(", ".join(shown))
+            self.bar.set_postfix_str(" ".join(f"{name} {record[name]:.2g}" for name in values))
         else:
             self.say("  ".join([f"step {step}/{max_iters}  images_seen {record['images_seen']:,}", *shown,
                                 f"left {left}"]))
@@ -135,8 +139,14 @@ class Report:
         self.log(self.so_far() | figures)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.say(f"eval {self.progress.step}  {shown}")
+
+    def draw(self):
+        """curves.png. A picture is no reason to end a run."""
         if importlib.util.find_spec("matplotlib"):
-            draw_curves([self.settings["out_dir"]], os.path.join(self.settings["out_dir"], "curves.png"))
+            try:
+                draw_curves([self.settings["out_dir"]], os.path.join(self.settings["out_dir"], "curves.png"))
+            except (SystemExit, OSError) as error:
+                self.say(f"no curves ({error})")
 
     def end(self, stopped):
         """A last block of `name: value` lines; the figures are left out where they are not those of the last step."""

@@ -163,6 +163,7 @@ def test_export(packages, copied_run, monkeypatch, capsys):
     for card in (folder / "README.md", folder / "diffusers" / "README.md"):
         card = card.read_text(encoding="utf-8")
         assert "120 steps (480 images)" in card and f"| psnr | {last['val_psnr']:.4g} |" in card
+        assert "library_name: diffusers" in card and "| latent_mse |" in card
         assert "started from scratch" in card and "toy: AutoencoderKL, 358,951 parameters, factor 8" in card
     picture = sorted((copied_run / "samples").glob("0*.png"))[-1]
     assert (folder / "preview.png").read_bytes() == picture.read_bytes()
@@ -170,6 +171,24 @@ def test_export(packages, copied_run, monkeypatch, capsys):
         for half, network in files.student(checkpoint).items():
             cell = (3, 8) if half == "encoder" else (4, 1)
             assert_onnx(folder / f"taetoy_{half}.onnx", network, *cell, torch.float16)
+
+
+def test_export_of_a_fork_s_student(copied_run, monkeypatch, capsys):
+    """Its decoder ends in another layer: what can hold it is written, what cannot says so, and nothing stops."""
+    def forked(*arguments, **keywords):
+        layers = list(original(*arguments, **keywords))
+        return torch.nn.Sequential(*layers[:-1], torch.nn.Conv2d(8, 3, 1))
+    original, checkpoint = model.Decoder, load(copied_run / "ckpt.pt")
+    monkeypatch.setattr(files, "Decoder", forked)
+    weights = forked(**checkpoint["shape"]).state_dict()
+    torch.save(checkpoint | {"ema_decoder": weights}, copied_run / "ckpt.pt")
+    monkeypatch.setattr(export, "importlib", types.SimpleNamespace(
+        util=types.SimpleNamespace(find_spec=lambda _: None)))
+    script("sample.py", f"--out_dir={copied_run}", "--export")
+    output = capsys.readouterr().out
+    assert "no diffusers folder: AutoencoderTiny cannot express this student" in output
+    assert "taesd_student.py: does not load this student" in output and "wrote taesd_encoder.pth" in output
+    assert load_file(copied_run / "export" / "taesd.safetensors")["decoder.layers.18.weight"].shape == (3, 8, 1, 1)
 
 
 def test_export_of_another_variant(copied_run, capsys):
@@ -181,7 +200,8 @@ def test_export_of_another_variant(copied_run, capsys):
     script("sample.py", f"--out_dir={copied_run}", "--export")
     assert "AutoencoderTiny cannot express the variant midblock_gn" in capsys.readouterr().out
     card = (copied_run / "export" / "README.md").read_text(encoding="utf-8")
-    assert 'load("taesd.safetensors")' in card and "preview" not in card and "AutoencoderTiny" not in card
+    assert 'load("taesd.safetensors")' in card and "preview" not in card and "diffusers.AutoencoderTiny" not in card
+    assert "library_name: pytorch" in card and "latent_mse" not in card and "| psnr |" in card
     found = export.load(str(copied_run / "export" / "taesd.safetensors"))
     assert found[0] is None and torch.equal(found[1][-1].weight, networks["decoder"][-1].weight)
 

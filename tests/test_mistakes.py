@@ -139,6 +139,8 @@ def test_a_mistake_is_one_clear_line(arguments, words, mistaken, tmp_path, monke
     ("--teacher=toy --size=50", "multiple of 8"), ("--teacher=toy --size=8", "16 or more"),
     ("--teacher=toy --size=64,", "16 or more"), ("--teacher=toy --size=big", "or 0, for whole pictures"),
     ("--teacher=toy --compare=nothing", "--compare=nothing: no such weights"), ("--curves=gone", "not a readable log"),
+    ("--out_dir={folder}/run --size=0", "it needs --images="), ("--teacher=toy --export", "of a run alone"),
+    ("--teacher=toy --json={folder}/nowhere/f.json", "there is no such folder"),
     ("--out_dir={folder}/run --images={folder}/texts", "can be read"), ("--teacher=sdlx", "did you mean sdxl"),
     ("--out_dir={folder}/run --compare={folder}/gone.pth", "no such file"),
     ("--teacher=toy --images={folder}/empty", ".jpg"), ("--out_dir={folder}/run --device=tpu9", "--device=tpu9"),

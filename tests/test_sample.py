@@ -1,5 +1,6 @@
 """python sample.py: students beside their teacher, at several sizes, as pictures, a table and JSON."""
 import json
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from PIL import Image
 import data
 import sample
 from conftest import evaluations, load, script
-from support import files
+from support import files, whole
 from teacher import Teacher
 
 
@@ -49,7 +50,7 @@ def test_a_tiny_autoencoder_without_a_run(tiny_run, tmp_path):
     assert both["parameters"] == 19_764 + 19_763 and both["megabytes"] == pytest.approx(4 * 39_527 / 2**20, rel=1e-3)
     channels = written["size"]["64"]["latents"]["taesd_encoder.pth: latents"]
     assert channels["mean"] == pytest.approx(theirs.mean((0, 2, 3)).tolist(), abs=1e-3) and len(channels["std"]) == 4
-    assert {path.name for path in (out / "samples").iterdir()} == {"sample-32.png", "sample-64.png"}
+    assert {path.name for path in (out / "samples").iterdir()} == {"look-32.png", "look-64.png", "look-latent_rgb.json"}
 
 
 @torch.no_grad()
@@ -74,16 +75,26 @@ def test_errors_of_latents_by_hand():
 
 
 def test_whole_pictures(copied_run, tmp_path, capsys):
-    Image.radial_gradient("L").resize((75, 44)).convert("RGB").save(tmp_path / "photo.png")
-    script("sample.py", f"--out_dir={copied_run}", f"--images={tmp_path / 'photo.png'}", "--size=0", "--device=cpu")
-    assert "72x40 each: original | teacher | our" in capsys.readouterr().out
-    path = copied_run / "samples" / "whole" / "photo.png"
-    with Image.open(path) as picture, Image.open(tmp_path / "photo.png") as original:
+    gradient, pictures = Image.radial_gradient("L"), tmp_path / "pictures"
+    for folder in ("a", "b"):
+        os.makedirs(pictures / folder)
+        gradient.resize((24, 24)).save(pictures / folder / "same.png")
+    gradient.resize((75, 44)).convert("RGB").save(pictures / "photo.png")
+    gradient.resize((75, 7)).save(pictures / "flat.png")
+    (pictures / "broken.jpg").write_bytes(b"not a picture")
+    script("sample.py", f"--out_dir={copied_run}", f"--images={pictures}", "--size=0", "--device=cpu")
+    output = capsys.readouterr()
+    assert "72x40 each: original | teacher | our" in output.out
+    assert "broken.jpg: cannot identify" in output.err and "flat.png: 75x7 pixels: the shorter side" in output.err
+    names = {path.name for path in (copied_run / "samples" / "whole").iterdir()}
+    assert names == {"photo.png.png", "a_same.png.png", "b_same.png.png"}
+    path = copied_run / "samples" / "whole" / "photo.png.png"
+    with Image.open(path) as picture, Image.open(pictures / "photo.png") as original:
         assert picture.size == (3 * 72, 40 + 20)
         assert picture.crop((0, 20, 72, 60)).tobytes() == original.crop((1, 2, 73, 42)).tobytes()
         parts = [picture.crop((72 * i, 20, 72 * i + 72, 60)).tobytes() for i in range(3)]
         assert len(set(parts)) == 3
-    assert load(copied_run / "ckpt.pt")["step"] == 120  # nothing else was touched
+    assert not (copied_run / "samples" / "sample.png").exists()
 
 
 def test_a_picture_on_its_side(tmp_path):
@@ -92,5 +103,7 @@ def test_a_picture_on_its_side(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     picture.save(tmp_path / "turned.png", exif=exif)
-    whole = data.whole_picture(str(tmp_path / "turned.png"), 16)
-    assert whole.shape == (1, 3, 32, 64) and (whole == 255).all()  # transparent: white
+    found = whole.whole_picture(str(tmp_path / "turned.png"), 16)
+    assert found.shape == (32, 64, 3) and (found == 255).all()  # transparent: white
+    Image.new("L", (5000, 100)).save(tmp_path / "long.png")
+    assert whole.whole_picture(str(tmp_path / "long.png"), 8).shape == (40, 2048, 3)

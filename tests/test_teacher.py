@@ -196,7 +196,7 @@ def test_a_look_at_a_teacher(tmp_path, capsys):
     row = next(line for line in output.splitlines() if line.startswith("teacher round trip"))
     psnr = sample.psnr(Teacher("toy").decode(latents), real).mean().item()
     assert float(row.split()[3]) == pytest.approx(psnr, abs=0.02)
-    with Image.open(tmp_path / "samples" / "sample.png") as picture:  # original, round trip, latents
+    with Image.open(tmp_path / "samples" / "look.png") as picture:  # original, round trip, latents
         assert picture.size == (3 * 64, 3 * (64 + 20))
 
 
