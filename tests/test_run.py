@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from conftest import DATA, evaluations, load, needs_data, script
