@@ -64,7 +64,7 @@ def test_a_file_that_appears_beside_an_export_ends_no_run(name, stepped, tmp_pat
     out.mkdir()
     for _ in range(2):
         settings = scope.settings | {"out_dir": str(out)}
-        support_run.save_run(settings, scope.shape, scope.parts, scope.progress, scope.held_out.real)
+        support_run.save_run(settings, scope.shape, scope.parts, scope.progress, scope.held_out)
         (out / "diffusers" / name).write_text("somebody's, or the file manager's")
     foreign = name == "notes.txt"
     assert (out / "ckpt_previous.pt").exists() and ("left as it is" in capsys.readouterr().out) == foreign
@@ -106,7 +106,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(stepped, tmp_path):
     broken = torch.nn.ParameterList([next(encoder.parameters()).detach() * torch.nan])
     settings, parts = scope.settings | {"out_dir": str(tmp_path / "out")}, scope.parts | {"decoder": broken}
     with pytest.raises(SystemExit, match="step 6: a weight of decoder is not finite"):
-        support_run.save_run(settings, scope.shape, parts, scope.progress, scope.held_out.real)
+        support_run.save_run(settings, scope.shape, parts, scope.progress, scope.held_out)
     assert not (tmp_path / "out").exists()
 
 
@@ -154,7 +154,7 @@ def test_the_memories_sizes_are_told(tmp_path, capsys):
     pool, replay, checkpoint = map(int, re.search(pattern, capsys.readouterr().out).groups())
     assert (pool, replay) == (1, 13)  # 256 and 4096 times 3 x 32 x 32 + 2 x 4 x 4 x 4 + 4 bytes
     scope.replay.filled = scope.pool.filled = 4096  # as they will be
-    support_run.save_run(scope.settings, scope.shape, scope.parts, scope.progress, scope.held_out.real)
+    support_run.save_run(scope.settings, scope.shape, scope.parts, scope.progress, scope.held_out)
     assert os.path.getsize(tmp_path / "out" / "ckpt.pt") / 2**20 == pytest.approx(checkpoint, abs=2)
 
 
