@@ -4,7 +4,6 @@ To change what is trained, or how, nothing here needs to be read: a new term of 
 """
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -142,11 +141,10 @@ class Report:
 
     def draw(self):
         """curves.png. A picture is no reason to end a run."""
-        if importlib.util.find_spec("matplotlib"):
-            try:
-                draw_curves([self.settings["out_dir"]], os.path.join(self.settings["out_dir"], "curves.png"))
-            except (SystemExit, OSError) as error:
-                self.say(f"no curves ({error})")
+        try:
+            draw_curves([self.settings["out_dir"]], os.path.join(self.settings["out_dir"], "curves.png"))
+        except (Exception, SystemExit) as error:  # matplotlib is not there, a viewer holds the file, ...
+            self.say(f"no curves ({error})")
 
     def end(self, stopped):
         """A last block of `name: value` lines; the figures are left out where they are not those of the last step."""

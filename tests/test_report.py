@@ -63,6 +63,14 @@ def test_a_run_draws_its_curves(tmp_path, monkeypatch):
     assert pixels(tmp_path / "out" / "curves.png").std() > 1
 
 
+def test_a_picture_is_no_reason_to_end_a_run(tmp_path, monkeypatch, capsys):
+    def broken(out_dirs, path):
+        raise ValueError("no fonts here")
+    monkeypatch.setattr(report, "draw_curves", broken)
+    train(*TINY, "--max_iters=1", "--eval_images=1", f"--out_dir={tmp_path / 'out'}")
+    assert "no curves (no fonts here)" in capsys.readouterr().out and (tmp_path / "out" / "ckpt.pt").exists()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 def test_a_bar_on_a_terminal(tmp_path):
     import fcntl
