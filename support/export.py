@@ -152,7 +152,7 @@ def save_diffusers(path, encoder, decoder, dtype=torch.float32, card=""):
 
     Encoder key k becomes encoder.layers.k, decoder key i.k decoder.layers.(i-1).k: its Clamp is no layer there.
     AutoencoderTiny takes and gives [-1,1] images and does that conversion itself; its latents are ours. It can express
-    the plain variant alone. `card` becomes the folder's README.md.
+    the plain variant alone. `card` becomes the folder's README.md. Returns whether it could be written; else says why.
     """
     from diffusers import AutoencoderTiny
     width, depth = encoder[0].out_channels, sum(isinstance(layer, nn.Upsample) for layer in decoder)
@@ -161,8 +161,12 @@ def save_diffusers(path, encoder, decoder, dtype=torch.float32, card=""):
             latent_channels=encoder[-1].out_channels,
             encoder_block_out_channels=(width,) * (depth + 1), num_encoder_blocks=(1,) + (3,) * depth,
             decoder_block_out_channels=(width,) * (depth + 1), num_decoder_blocks=(3,) * depth + (1,))
-    vae.encoder.layers.load_state_dict(encoder.state_dict())
-    vae.decoder.layers.load_state_dict(nn.Sequential(*list(decoder)[1:]).state_dict())  # all but the Clamp
+    try:
+        vae.encoder.layers.load_state_dict(layers_of(encoder))
+        vae.decoder.layers.load_state_dict(layers_of(decoder))
+    except RuntimeError as error:  # a fork's own encoder or decoder
+        print(f"no diffusers folder: AutoencoderTiny cannot express this student ({str(error).splitlines()[0]})")
+        return False
 
     def write(aside):
         nn.Module.to(vae, dtype)  # the method of diffusers would warn
@@ -170,6 +174,7 @@ def save_diffusers(path, encoder, decoder, dtype=torch.float32, card=""):
         if card:
             save_text(os.path.join(aside, "README.md"), card)
     save_file(path, write, names=DIFFUSERS_FILES)
+    return True
 
 
 def export(checkpoint, out_dir, name, dtype):
@@ -201,12 +206,8 @@ def export(checkpoint, out_dir, name, dtype):
         print(f"no diffusers folder: AutoencoderTiny cannot express the variant {shape['variant']}")
     elif len(networks) < 2:
         print(f"no diffusers folder: AutoencoderTiny wants both halves, this run has the {checkpoint['ready'][0]}")
-    else:
-        try:
-            save_diffusers(path("diffusers"), *networks.values(), dtype, model_card(checkpoint))
-        except RuntimeError as error:  # a fork's own
-            written.remove("diffusers")
-            print(f"no diffusers folder: AutoencoderTiny cannot express this student ({str(error).splitlines()[0]})")
+    elif not save_diffusers(path("diffusers"), *networks.values(), dtype, model_card(checkpoint)):
+        written.remove("diffusers")
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
         for half, network in networks.items():
             save_onnx(path(f"{name}_{half}.onnx"), network, dtype)
