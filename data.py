@@ -122,16 +122,16 @@ def to_tensor(squares):
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
 
-def batches(images, size, n, color_augment, seed, workers, start=0, pin=False):
+def batches(images, size, n, color_augment, seed, workers, start=0, pin=False, rank=0, ranks=1):
     """Endless generator of `images.batch` for k = start, start+1, ..., made ahead of time by `workers` threads; pin: in
-    pinned memory, from which a GPU copies while it computes.
+    pinned memory, from which a GPU copies while it computes. Of `ranks` processes, each has its own, dealt in turn.
 
     Threads, not processes: Pillow, NumPy and torch release the GIL for the heavy part, and nothing is pickled, so it
     works the same under every multiprocessing start method and never re-runs the calling script.
     """
     with ThreadPoolExecutor(workers) as pool:
         def submit(k):
-            return pool.submit(make, [seed, k])
+            return pool.submit(make, [seed, k * ranks + rank])
 
         def make(seeds):
             batch = images.batch(size, n, color_augment, seeds)

@@ -17,8 +17,7 @@ shift colour. The method is that of the TAESD author, from github.com/madebyolli
 import signal
 import time
 
-# before the imports that take seconds
-started = time.time()
+started = time.time()  # before the imports, which take seconds
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop runs, Ctrl-C leaves at once
 
 import copy
@@ -34,6 +33,7 @@ from recipes import published
 from sample import HeldOut
 from support.configure import configure, pick_compile, pick_device, pick_dtype
 from support.donor import adapt
+from support.parallel import RANK, RANKS, average_gradients, join
 from support.report import Interrupt, Report, explain_out_of_memory, introduce
 from support.run import Progress, check_fit, check_losses, check_settings, open_run, restore, save_run
 from teacher import Teacher
@@ -102,6 +102,7 @@ dtype = pick_dtype(dtype, device)
 compile = pick_compile(compile, device)
 machine = {"device": device, "dtype": dtype, "compile": compile}
 explain_out_of_memory(settings)
+batch_size //= RANKS  # of this process; RANKS is 1, unless torchrun started more
 progress = Progress(  # what a checkpoint keeps beside weights and memories
     step=0, images_seen=0, images_averaged=0, batches_read=0, origin=init_from,
     due=0.0,     # crops that the pool still wants
@@ -153,6 +154,8 @@ def descend(optimizer, loss, lr):
         group["lr"] = lr * ramp(progress.step)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
+    if RANKS > 1:
+        average_gradients(optimizer)
     scaler.step(optimizer)
 
 
@@ -169,15 +172,13 @@ def adversarial_loss(real_scores, fake_scores):
     return (fake_scores - real_scores).square().mean()
 
 
-if adversarial_form != "squares":
-    discriminator_loss, adversarial_loss = published.FORMS[adversarial_form]
-
-
 def lowres_mse(fake, real):
     """MSE of the mean colours of 8x8 patches."""
     return F.mse_loss(F.avg_pool2d(fake, 8), F.avg_pool2d(real, 8))
 
 
+if adversarial_form != "squares":
+    discriminator_loss, adversarial_loss = published.FORMS[adversarial_form]
 pixel_losses = {  # name: (weight, distance of fake and real)
     "mse": (mse_weight, F.mse_loss),
     "lowres_mse": (lowres_weight, lowres_mse),
@@ -222,10 +223,6 @@ class Memory:
         images = (self.images[slots].float() / 255).contiguous(memory_format=torch.channels_last)
         return images, self.latents[slots].float()
 
-    @property
-    def full(self):
-        return self.filled == len(self.images)
-
     def state_dict(self):
         return {name: getattr(self, name)[:self.filled].to("cpu", copy=True) for name in ("images", "latents", "uses")}
 
@@ -239,7 +236,7 @@ pair_shapes = (3, crop, crop), (vae.latent_channels, crop // vae.factor, crop //
 across = max(1, window // crop)  # crops side by side in a window
 windows = max(1, round(batch_size / echo / across**2))  # read at once
 pool = Memory(max(64 * batch_size, 16 * windows * across**2), *pair_shapes)  # so large that crops of many images mix
-replay = Memory(replay_size if train_decoder and adversarial_weight > 0 else 0, *pair_shapes)
+replay = Memory(replay_size // RANKS if train_decoder and adversarial_weight > 0 else 0, *pair_shapes)
 
 
 def cut(squares, n):
@@ -249,7 +246,7 @@ def cut(squares, n):
 
 def get_batch():
     """Real images and the teacher's latents, from the pool, which takes in two batches a step until it is full."""
-    progress.due += batch_size / echo if pool.full else 2 * batch_size
+    progress.due += batch_size / echo if pool.filled == len(pool.images) else 2 * batch_size
     while progress.due > 0:
         waiting = time.time()
         squares = next(loader).to(device, non_blocking=True)
@@ -280,6 +277,8 @@ if checkpoint:
     learning_rate = settings["learning_rate"]  # it depends on whether they had to be learned
     restore(checkpoint, parts, progress, settings, shape, device)  # all, or the weights alone, D's too if they fit
     del checkpoint  # frees its memory
+if RANKS > 1:
+    join(networks, settings)
 
 introduce(settings, images, vae, networks, {"pool": pool, "replay": replay}, machine)
 held_out = HeldOut(images.held_out(eval_images, eval_size), vae, teacher)
@@ -289,6 +288,8 @@ report = Report(settings, progress, held_out, machine, started)
 
 def evaluate():
     """Measure and draw the averaged weights on the held-out images."""
+    if RANK:
+        return  # the first process does
     path = os.path.join(out_dir, "samples", f"{progress.step:07d}.png")
     progress.figures = held_out.evaluate(ema_encoder, ema_decoder, decoder, amp, path)
     report.evaluation(progress.figures)
@@ -304,7 +305,7 @@ if init_from not in ("scratch", "resume"):
 trained = [weight for half in (encoder, decoder) for weight in half.parameters() if weight.requires_grad]
 averages = [weight for half in (ema_encoder, ema_decoder) for weight in half.parameters() if weight.requires_grad]
 loader = batches(images, across * crop, windows, color_augment, seed, workers, start=progress.batches_read,
-                 pin=device.type == "cuda")
+                 pin=device.type == "cuda", rank=RANK, ranks=RANKS)
 stopping = Interrupt()  # true after Ctrl-C
 
 # -----------------------------------------------------------------------------
@@ -356,13 +357,13 @@ while not last:
     descend(student_optimizer, loss, learning_rate)
     scaler.update()
     progress.step += 1
-    progress.images_seen += batch_size
-    progress.images_averaged += batch_size
+    progress.images_seen += batch_size * RANKS
+    progress.images_averaged += batch_size * RANKS
 
     # average the weights over images; early on over the last tenth of them, so that the first noise is soon forgotten
     halflife = min(ema_halflife, 0.1 * progress.images_averaged)
     with torch.no_grad():
-        torch._foreach_lerp_(averages, trained, 1 - 0.5 ** (batch_size / max(halflife, 1e-9)))
+        torch._foreach_lerp_(averages, trained, 1 - 0.5 ** (batch_size * RANKS / max(halflife, 1e-9)))
 
     # report, evaluate, save
     report.add(terms)
@@ -374,7 +375,6 @@ while not last:
             evaluate()
         save_run(settings, shape, parts, progress, held_out)
         report.draw()
-        report.clock = time.time()  # the pause does not count
 
 loader.close()
 report.end(stopped=bool(stopping))

@@ -11,6 +11,8 @@ import sys
 
 import torch
 
+from support.parallel import LOCAL_RANK, RANKS
+
 
 def stop(message):
     """End the program with one line on stderr and exit status 1: for mistakes that a user can mend."""
@@ -119,6 +121,8 @@ def pick_device(name):
     """'auto' -> cuda, else mps, else cpu. Stops with one line if the named device is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and RANKS > 1:
+        name = f"cuda:{LOCAL_RANK}"
     try:
         torch.zeros(1, device=name)
         if name.startswith("cuda:"):

@@ -20,6 +20,7 @@ from model import parameters
 from support.configure import stop
 from support.curves import draw_curves
 from support.files import save_file
+from support.parallel import RANK, RANKS, anywhere
 
 
 def introduce(settings, images, vae, networks, memories, machine):
@@ -28,7 +29,7 @@ def introduce(settings, images, vae, networks, memories, machine):
     weights = {name: value for name, value in settings.items() if name.endswith("_weight") and value}
     sizes = ", ".join(f"{name} {parameters(networks[name]):,}" for name in ("encoder", "decoder", "discriminator"))
     print(f"machine   {machine['device']}, {machine['dtype']}, compile {'on' if machine['compile'] else 'off'}, "
-          f"torch {torch.__version__}")
+          f"torch {torch.__version__}" + f", {RANKS} processes" * (RANKS > 1))
     print(f"images    {images}")
     print(f"teacher   {s.teacher}: {vae}")
     print(f"student   {s.variant}, width {s.width}; parameters: {sizes}"
@@ -68,15 +69,18 @@ class Report:
             os.makedirs(out_dir, exist_ok=True)
         except OSError as error:
             stop(f"--out_dir={out_dir}: cannot be made ({error.strerror})")
-        held_out.draw(os.path.join(out_dir, "samples", "teacher.png"))
+        if not RANK:
+            held_out.draw(os.path.join(out_dir, "samples", "teacher.png"))
         versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
         versions["python"] = platform.python_version()
         self.log({"settings": settings, "arguments": sys.argv[1:], "versions": versions, "teacher": goal}
                  | {name: str(value) for name, value in machine.items()})
-        self.profiler = profiler(settings) if settings["profile"] else None
+        self.profiler = profiler(settings) if settings["profile"] and not RANK else None
         self.bar = None  # from the first step on, on a terminal
 
     def log(self, record):
+        if RANK:
+            return
         out_dir = self.settings["out_dir"]
         try:
             with open(os.path.join(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
@@ -140,11 +144,13 @@ class Report:
         self.say(f"eval {self.progress.step}  {shown}")
 
     def draw(self):
-        """curves.png. A picture is no reason to end a run."""
+        """curves.png, at the end of a pause, which does not count. A picture is no reason to end a run."""
         try:
-            draw_curves([self.settings["out_dir"]], os.path.join(self.settings["out_dir"], "curves.png"))
+            if not RANK:
+                draw_curves([self.settings["out_dir"]], os.path.join(self.settings["out_dir"], "curves.png"))
         except (Exception, SystemExit) as error:  # matplotlib is not there, a viewer holds the file, ...
             self.say(f"no curves ({error})")
+        self.clock = time.time()
 
     def end(self, stopped):
         """A last block of `name: value` lines; the figures are left out where they are not those of the last step."""
@@ -204,7 +210,7 @@ class Interrupt:
         os.write(2, b"stopping after this step; once more to leave without saving\n")  # print is not safe in a handler
 
     def __bool__(self):
-        return self.asked
+        return anywhere(self.asked)
 
 
 def explain_out_of_memory(settings):

@@ -13,6 +13,7 @@ from support.configure import require_positive, stop
 from support.export import model_card, save_diffusers, save_taesd
 from support.files import (DIFFUSERS_FILES, check_ours, checkpoint_paths, is_ours, load_checkpoint, load_student,
                            save_file)
+from support.parallel import RANK, RANKS, gather
 from support.report import profile_from, stop_not_finite
 from teacher import NAMES
 
@@ -37,6 +38,7 @@ def check_settings(settings):
     s = SimpleNamespace(**settings)
     judged = s.train_encoder and s.train_decoder and s.adversarial_weight > 0 and s.latent_noise == 0
     check(settings, [
+        ("batch_size", s.batch_size % RANKS == 0, f"must be a multiple of {RANKS}, the processes that torchrun starts"),
         ("echo", s.echo >= 1, "must be 1 or more"),
         ("seed", s.seed < 2**32 - 1, "must be less than 2**32 - 1"),
         ("color_augment", s.color_augment <= 1, "must be between 0 and 1"),
@@ -91,6 +93,7 @@ class Progress(SimpleNamespace):
 
 
 MEMORIES_OF = ("teacher", "data_dir", "window")  # what pool and replay hold depends on these
+OF_EACH = ("pool", "replay", "rng", "device_rng")  # what each process has of its own
 
 
 def open_run(settings, by_file, by_flag):
@@ -102,7 +105,7 @@ def open_run(settings, by_file, by_flag):
         stop(f"--out_dir={out_dir}: is a file; choose a folder, which need not exist yet")
     check_ours(os.path.join(out_dir, "diffusers"), DIFFUSERS_FILES)  # which is written only after many steps
     if init_from == "resume":
-        checkpoint = load_checkpoint(out_dir, set_aside=True)
+        checkpoint = load_checkpoint(out_dir, set_aside=RANK == 0)
         brought = {name: value for name, value in checkpoint["settings"].items()
                    if name in settings and name not in ("out_dir", "init_from", "profile")}
         for name in ("crop", "width", "optimizer"):
@@ -136,6 +139,11 @@ def restore(checkpoint, parts, progress, settings, shape, device):
         stop(f"{source}: the checkpoint in {out_dir} is of another version, it lacks {', '.join(sorted(lacking))}; "
              f"--init_from={out_dir} and a new --out_dir start from its weights")
     stale = [name for name in MEMORIES_OF if resume and checkpoint["settings"][name] != settings[name]]
+    processes = checkpoint.get("processes", [{}])
+    if resume and len(processes) != RANKS:
+        stale.append(f"number of processes ({RANKS}, they were {len(processes)})")
+    else:
+        checkpoint |= processes[RANK]
     if stale:
         print(f"memories  pool and replay buffer start afresh: another {', '.join(stale)}")
         checkpoint |= {"pool": None, "replay": None, "due": 0.0}
@@ -159,6 +167,8 @@ def restore(checkpoint, parts, progress, settings, shape, device):
         for name in vars(progress).keys() - {"ready"}:  # a counter that is newer than the run starts at its default
             setattr(progress, name, checkpoint.get(name, getattr(progress, name)))
         set_random_state(checkpoint, device)
+        if len(processes) != RANKS:
+            torch.manual_seed(settings["seed"] + checkpoint["step"] + RANK)
         print(f"resume    {out_dir}, after step {progress.step:,}")
     else:
         names = ", ".join(name for name in loaded if not name.startswith("ema"))
@@ -196,6 +206,11 @@ def save_run(settings, shape, parts, progress, held_out):
     state |= {"held_out": (held_out.real * 255).round().byte()}
     state |= {name: part.state_dict() for name, part in parts.items()}
     state |= random_state(held_out.real.device)
+    if RANKS > 1:
+        states = gather({name: state[name] for name in OF_EACH})
+        if RANK:
+            return
+        state["processes"] = [{name: state[name] for name in OF_EACH}, *states[1:]]
     path, previous = checkpoint_paths(out_dir)
     save_file(path, lambda aside: torch.save(state, aside), keep=previous)
     for half in progress.ready:
