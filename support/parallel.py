@@ -1,7 +1,7 @@
 """More than one GPU: `torchrun --nproc_per_node=4 train.py ...` starts as many processes, one for each.
 
-All hold the same weights. Each has its share of the batch, and crops, old fakes and random numbers of its own; gradients
-are averaged before every step of an optimizer. The first process alone measures, writes and prints.
+All hold the same weights. Each has its share of the batch, and crops, old fakes and random numbers of its own; before
+every step of an optimizer gradients are averaged. The first process alone measures, writes and prints.
 """
 import atexit
 import datetime

@@ -7,7 +7,8 @@ import torch
 
 import model
 from teacher import Teacher
-from tools import bench
+from test_smoke import run
+from tools import bench_parts, bench_report, measures
 
 
 def tool(name, *arguments):
@@ -41,6 +42,32 @@ def test_time_crops(capsys):
 def test_the_work_of_a_pass_is_counted():
     """A 3x3 convolution from 3 to 8 channels on 16x16 pixels, then a linear layer of each channel's 256 to 2."""
     network = torch.nn.Sequential(model.conv(3, 8), torch.nn.Flatten(2), torch.nn.Linear(256, 2))
-    operations, traffic = bench.work(network, torch.rand(1, 3, 16, 16))
+    operations, traffic = measures.work(network, torch.rand(1, 3, 16, 16))
     assert operations == 2 * 16 * 16 * 8 * 27 + 2 * 8 * 2 * 256
     assert traffic == 2 * (3 * 256 + 8 * 256) + 2 * (8 * 256 + 8 * 2)
+
+
+# the report
+
+def test_a_report_of_this_machine(tmp_path):
+    """From end to end at a tiny size: every part is there and none failed; pictures and logs stay, runs do not."""
+    output = run("-m", "tools.bench", f"--report={tmp_path / 'here.md'}", "--teacher=toy", "--shapes=2x16",
+                 "--memory_shapes=2x16", "--pairs=1", "--steps=2", "--warm_up=4", "--train_minutes=0.02",
+                 "--device=cpu")
+    text = (tmp_path / "here.md").read_text(encoding="utf-8")
+    assert text.count("\n## ") == len(bench_parts.PARTS) and "failed" not in text + output
+    for part in ("torch", "T operations/s", "discriminator", "D judges", "MB, estimated", "compiled", "s to the first"):
+        assert part in text, part
+    assert "| 0.0e+00 | 0.0e+00 |" in text  # a resumed run's losses are those of the run itself
+    assert {"samples.png", "curves.png"} < {path.name for path in (tmp_path / "here").iterdir() if path.is_file()}
+    assert not [path for path in (tmp_path / "here").iterdir() if path.is_dir()]
+
+
+def test_a_part_that_fails_is_one_line(tmp_path):
+    options = {"files": str(tmp_path), "device": "cuda:99"}
+    found, worked = bench_report.run_part("machine", options, 600)
+    assert not worked and found.startswith("failed: error: --device=cuda:99: cannot be used here")
+    found, worked = bench_report.run_part("machine", options, 0.1)
+    assert not worked and found == "failed: not done after 0 s"
+    with pytest.raises(SystemExit, match="--shapes=32: must be batch x crop, or several"):
+        bench_report.parse_shapes("shapes", "32")

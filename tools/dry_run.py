@@ -1,6 +1,6 @@
-"""train.py's own loop on torch's meta device, whose tensors have shapes and types but no numbers, where no GPU is there:
-it stops with the line that would mix tensors of two devices, or make a GPU wait for the CPU in every step, and counts
-the memory that the tensors of the others take.
+"""Where there is no GPU: train.py's own loop on torch's meta device, whose tensors have shapes and types, no numbers.
+It stops with the line that would mix tensors of two devices, or make the CPU wait for the GPU in every step; where
+there is none it says how much memory the tensors take.
 
     python -m tools.dry_run --batch_size=16 --crop=256     # any of train.py's settings
 """
@@ -98,5 +98,5 @@ if __name__ == "__main__":
     # 40 steps: by then the pool is full; nothing is written to the folder
     with tempfile.TemporaryDirectory() as folder:
         peak = dry_run("--dtype=bfloat16", "--max_iters=40", f"--out_dir={folder}", *sys.argv[1:])
-    print(f"no tensors of two devices, no waiting; tensors take up to {peak / 2**20:,.0f} MB. On a GPU what its libraries "
-          f"work in comes on top")
+    print(f"no tensors of two devices, no waiting; tensors take up to {peak / 2**20:,.0f} MB; what a GPU's libraries "
+          f"work in, and evaluations, come on top")

@@ -83,7 +83,7 @@ def train(vae, images, place):
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         done = step / max_iters
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / (0.05 * max_iters), 0.5 + 0.5 * math.cos(math.pi * done))
+            group["lr"] = learning_rate * min(1, (step + 1) / (0.05 * max_iters), 0.5 + 0.5 * math.cos(math.pi * done))
         optimizer.zero_grad()
         (l1 + kl_weight * kl).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
