@@ -39,7 +39,7 @@ def start(*command, **environment):
 
 def run(*command, **environment):
     process = start(*command, **environment)
-    output, errors = process.communicate()
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return output
 

@@ -2,6 +2,9 @@
 
 All hold the same weights. Each has its share of the batch, and crops, old fakes and random numbers of its own; before
 every step of an optimizer gradients are averaged. The first process alone measures, writes and prints.
+
+What a loss takes of a whole batch, as adversarial_scaling does, is of a process's share. After Ctrl-C torchrun gives
+them 30 seconds to save; TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 gives more.
 """
 import atexit
 import datetime
@@ -20,14 +23,29 @@ if RANK:
 
 def join(networks, settings):
     """Meet the other processes: all take the first one's weights, and go on with random numbers of their own."""
-    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"  # it is not on Windows
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the first one measures, the others wait
-    atexit.register(dist.destroy_process_group)
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()  # which it is not on Windows
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
+                            timeout=datetime.timedelta(hours=2))  # the first one measures, the others wait
+    atexit.register(give_up)
     for network in networks.values():
         for tensor in network.state_dict().values():
             dist.broadcast(tensor, 0)
     if settings["init_from"] != "resume":
         torch.manual_seed(settings["seed"] + RANK)
+
+
+def give_up():
+    """At an end that is an error: at once, for the others wait in vain until torchrun hears of it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def leave():
+    """At the end that all reach."""
+    if RANKS > 1:
+        atexit.unregister(give_up)
+        dist.destroy_process_group()
 
 
 def average_gradients(optimizer):

@@ -20,7 +20,7 @@ from model import parameters
 from support.configure import stop
 from support.curves import draw_curves
 from support.files import save_file
-from support.parallel import RANK, RANKS, anywhere
+from support.parallel import RANK, RANKS, anywhere, leave
 
 
 def introduce(settings, images, vae, networks, memories, machine):
@@ -44,8 +44,8 @@ def introduce(settings, images, vae, networks, memories, machine):
     bytes_of = {name: sum(tensor.nbytes for tensor in vars(memory).values() if torch.is_tensor(tensor))
                 for name, memory in memories.items()}
     print("memory    " + ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in bytes_of.items())
-          + f" on the device; a checkpoint up to {(weights + sum(bytes_of.values())) / 2**20:,.0f} MB, two are kept",
-          flush=True)
+          + f" on the device; a checkpoint up to {(weights + RANKS * sum(bytes_of.values())) / 2**20:,.0f} MB, two are "
+          f"kept", flush=True)
 
 
 def stop_not_finite(settings, step, what):
@@ -163,6 +163,7 @@ class Report:
         if stopped:
             print(f"stopped and saved at step {self.progress.step}; go on with --out_dir={self.settings['out_dir']} "
                   f"--init_from=resume")
+        leave()
 
 
 def peak_memory_mb(device):

@@ -142,7 +142,7 @@ def restore(checkpoint, parts, progress, settings, shape, device):
     processes = checkpoint.get("processes", [{}])
     if resume and len(processes) != RANKS:
         stale.append(f"number of processes ({RANKS}, they were {len(processes)})")
-    else:
+    elif resume:
         checkpoint |= processes[RANK]
     if stale:
         print(f"memories  pool and replay buffer start afresh: another {', '.join(stale)}")
@@ -169,6 +169,7 @@ def restore(checkpoint, parts, progress, settings, shape, device):
         set_random_state(checkpoint, device)
         if len(processes) != RANKS:
             torch.manual_seed(settings["seed"] + checkpoint["step"] + RANK)
+            progress.batches_read = progress.batches_read * len(processes) // RANKS  # each process's
         print(f"resume    {out_dir}, after step {progress.step:,}")
     else:
         names = ", ".join(name for name in loaded if not name.startswith("ema"))

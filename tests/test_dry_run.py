@@ -25,7 +25,8 @@ def run_dry(tmp_path, monkeypatch):
 
 
 def test_the_loop_stays_on_its_device_and_does_not_wait(run_dry):
-    assert run_dry() > 0
+    weights = 4 * (2 * 19764 + 1281445)  # width 8; pool 256 and replay 64 of 32x32 pixels and their latents
+    assert run_dry() > 3 * weights + (256 + 64) * (3 * 32 * 32 + 2 * 4 * 4 * 4)
     run_dry("", "", "--encoder_adversarial_weight=0.1", "--adversarial_scaling=unit", "--frequency_weight=1")
 
 
@@ -35,6 +36,8 @@ def test_the_loop_stays_on_its_device_and_does_not_wait(run_dry):
     ("    descend(student_optimizer, loss, learning_rate)\n",
      "    descend(student_optimizer, loss, learning_rate)\n    print(loss.item())\n", "item.. cannot be called"),
     ("    # step\n", "    if loss > 100:\n        break\n    # step\n", "meta"),
+    ("    # step\n", "    fake[fake > 1] = real[fake > 1]\n    # step\n", "how many are true"),
+    ("    # step\n", "    terms['count'] = torch.tensor(1.0)\n    # step\n", "meta"),
     ("    # step\n", "    loss_now = loss.to('cpu')\n    # step\n", "meta")])
 def test_what_a_gpu_would_refuse_or_wait_for(line, other, message, run_dry):
     with pytest.raises((RuntimeError, NotImplementedError), match=message):

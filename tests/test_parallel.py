@@ -41,6 +41,36 @@ def test_two_processes_learn_what_one_does(tmp_path):
             torch.testing.assert_close(two[network][name], weight, atol=1e-6, rtol=0)  # Muon rounds
 
 
+def test_gradients_are_means_and_weights_the_first_ones(tmp_path):
+    """Of processes that differ in both; random numbers differ after it."""
+    (tmp_path / "meet.py").write_text("""
+import torch
+from support.parallel import RANK, anywhere, average_gradients, gather, join, leave
+torch.manual_seed(RANK)
+layer, before = torch.nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last), torch.rand(1)
+join({"layer": layer}, {"init_from": "scratch", "seed": 0})
+optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+layer.weight.grad, layer.bias.grad = torch.full_like(layer.weight, 1.0 + RANK), torch.arange(3.0) * (1 - RANK)
+average_gradients(optimizer)
+assert (layer.weight.grad == 1.5).all() and layer.bias.grad.tolist() == [0, 0.5, 1]
+states = gather({"weight": layer.weight.detach(), "draw": torch.rand(1), "before": before})
+if RANK == 0:
+    assert torch.equal(states[0]["weight"], states[1]["weight"]) and states[0]["draw"] != states[1]["draw"]
+    torch.manual_seed(0)
+    assert torch.equal(states[0]["weight"], torch.nn.Conv2d(2, 3, 3).weight)
+assert anywhere(RANK == 1) and not anywhere(False)
+print("met")
+leave()
+""")
+    assert run(*TORCHRUN, tmp_path / "meet.py", PYTHONPATH=str(HERE)) == "met\n"
+
+
+def test_two_processes_start_from_a_donor(tmp_path):
+    output = run(*TORCHRUN, "train.py", *TINY[:3], "--eval_images=2", "--eval_size=64", "--init_from=donor",
+                 "--max_iters=0", f"--out_dir={tmp_path / 'out'}")
+    assert output.count("donor ") == 1 and (tmp_path / "out" / "taesd_decoder.pth").exists()
+
+
 def test_two_processes_resume_exactly(tmp_path, capsys):
     """Losses after a resume are those of the run that was not stopped; each process has crops of its own. One process
     that goes on says what is lost."""

@@ -1,6 +1,8 @@
 """The programs in tools/, at tiny sizes."""
+import os
 import runpy
 import sys
+import warnings
 
 import pytest
 import torch
@@ -52,12 +54,15 @@ def test_the_work_of_a_pass_is_counted():
 def test_a_report_of_this_machine(tmp_path):
     """From end to end at a tiny size: every part is there and none failed; pictures and logs stay, runs do not."""
     output = run("-m", "tools.bench", f"--report={tmp_path / 'here.md'}", "--teacher=toy", "--shapes=2x16",
-                 "--memory_shapes=2x16", "--pairs=1", "--steps=2", "--warm_up=4", "--train_minutes=0.02",
+                 "--memory_shapes=2x16", "--pairs=1", "--steps=5", "--warm_up=2", "--train_minutes=0.02",
                  "--device=cpu")
     text = (tmp_path / "here.md").read_text(encoding="utf-8")
     assert text.count("\n## ") == len(bench_parts.PARTS) and "failed" not in text + output
-    for part in ("torch", "T operations/s", "discriminator", "D judges", "MB, estimated", "compiled", "s to the first"):
-        assert part in text, part
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert [float(row[2]) > 0 for row in rows if row[1] in ("reference", "not compiled", "float32, not compiled")
+            ] == [True] * 3
+    memory = next(row for row in rows if len(row) == 3 and row[0] == "2 x 16")
+    assert int(memory[1]) > int(memory[2]) > 20  # MB; estimated: weights, averages and optimizers alone take 50
     assert "| 0.0e+00 | 0.0e+00 |" in text  # a resumed run's losses are those of the run itself
     assert {"samples.png", "curves.png"} < {path.name for path in (tmp_path / "here").iterdir() if path.is_file()}
     assert not [path for path in (tmp_path / "here").iterdir() if path.is_dir()]
@@ -66,8 +71,28 @@ def test_a_report_of_this_machine(tmp_path):
 def test_a_part_that_fails_is_one_line(tmp_path):
     options = {"files": str(tmp_path), "device": "cuda:99"}
     found, worked = bench_report.run_part("machine", options, 600)
-    assert not worked and found.startswith("failed: error: --device=cuda:99: cannot be used here")
+    assert not worked and found.startswith("**failed: error: --device=cuda:99: cannot be used here")
     found, worked = bench_report.run_part("machine", options, 0.1)
-    assert not worked and found == "failed: not done after 0 s"
+    assert not worked and found == "**failed: not done after 0 s**"
+    with pytest.raises(SystemExit, match="--parts=speed,machines: must be of machine, "):
+        bench_report.write_report(str(tmp_path / "x.md"), {}, 1, "speed,machines")
     with pytest.raises(SystemExit, match="--shapes=32: must be batch x crop, or several"):
         bench_report.parse_shapes("shapes", "32")
+
+
+def test_waits_are_counted(tmp_path, monkeypatch):
+    """At the line that waits, in the steps that are looked at and in no other; what else is warned of is no wait."""
+    modes = ["default"]
+
+    def told(self, terms):
+        if modes[-1] == "warn":
+            warnings.warn("called a synchronizing CUDA operation")
+            warnings.warn("is deprecated")
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(measures.Report, "add", told)
+    monkeypatch.setattr(measures.Report, "means", lambda self: None)
+    for name in ("excepthook", "stdout"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    found = measures.count_waits(str(tmp_path / "out"), "toy", "", 16, 2, 3, 2, "cpu")
+    assert [*found.values()] == [3] and [*found][0].startswith("tests" + os.sep + "test_tools.py:")
+    assert modes[1:] == ["default"] + ["warn"] * 3 + ["default"] * 6

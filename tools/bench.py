@@ -36,20 +36,21 @@ memory_shapes = "16x96,16x256,16x512"  # batch x crop whose peak memory is measu
 train_teacher = "toy"      # teacher of the real run
 train_minutes = 10.0       # of the real run
 minutes = 25.0             # after so many, what is left is not begun
+parts = ""                 # '' = all: machine,the_floor,speed,training,peak_memory,waits,resume,times_by_part,extras
 # -----------------------------------------------------------------------------
 
 
 def main():
     require_positive(globals(), "pairs", "steps", "warm_up", "batch_size", "crop", "minutes", "train_minutes")
-    place = pick_device(device)
     if report:
         if not report.endswith(".md"):
             stop(f"--report={report}: must end in .md")
         return write_report(report, {
-            "teacher": teacher, "data_dir": data_dir, "device": device, "pairs": min(pairs, 2),
-            "steps": steps * (10 if place.type == "cuda" else 1), "warm_up": warm_up,
+            "teacher": teacher, "data_dir": data_dir, "device": device, "pairs": min(pairs, 2), "warm_up": warm_up,
+            "steps": steps * (10 if torch.cuda.is_available() else 1),
             "shapes": parse_shapes("shapes", shapes), "memory_shapes": parse_shapes("memory_shapes", memory_shapes),
-            "train_teacher": train_teacher, "train_minutes": train_minutes}, minutes)
+            "train_teacher": train_teacher, "train_minutes": train_minutes}, minutes, parts)
+    place = pick_device(device)
     with tempfile.TemporaryDirectory() as folder:
         name = random_sdxl(folder) if teacher == "sdxl-random" else teacher
         print(f"torch {torch.__version__}, {place}, {torch.get_num_threads()} CPU threads; teacher {teacher}, {crop} "

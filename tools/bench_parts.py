@@ -1,38 +1,38 @@
 """The parts of tools.bench's report, each run in a process of its own: `python -m tools.bench_parts name options`. They
 print markdown; the first line of a part's text is its title, the rest explains it.
 """
+import contextlib
+import itertools
 import json
 import os
 import platform
-import runpy
+import re
 import shutil
 import subprocess
 import sys
 import time
-import warnings
-from collections import Counter
 
 import torch
 
 from data import PHOTOS, Images
 from model import Decoder, Discriminator, Encoder, convolutions, optimizer_of
 from support.configure import pick_device, pick_dtype
-from support.report import Report
 from teacher import Teacher
-from tools.measures import HERE, floor, random_sdxl, rates, run_train, time_ours, time_reference
+from tools.measures import count_waits, floor, random_sdxl, rates, run_train, time_ours, time_reference
 
 
 def table(head, rows):
-    """Print a markdown table."""
-    for row in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+    """Print a markdown table, each row as soon as it is there: what comes after it may fail."""
+    for row in itertools.chain((head, ["---"] * len(head)), rows):
+        cells = [f"{cell:,.4g}" if isinstance(cell, float) else str(cell).replace("|", "/") for cell in row]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def attempt(call):
     """(result, '') or (None, the last line of what went wrong)."""
     try:
         return call(), ""
-    except Exception as error:  # whatever a machine that nobody has seen has in store
+    except (Exception, SystemExit) as error:  # whatever a machine that nobody has seen has in store
         return None, "failed: " + (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
@@ -94,6 +94,7 @@ def times_by_part(o):
             if place.type == "cuda":
                 torch.cuda.synchronize()
         return 1000 * (time.perf_counter() - start) / calls
+    torch.backends.cudnn.benchmark = True  # as in train.py
     rows = []
     for batch_size, crop in o["shapes"]:
         square = max(1, 256 // crop) * crop
@@ -110,6 +111,11 @@ def times_by_part(o):
                 output = network(*inputs)
             output.float().square().mean().backward()
 
+        def judge(network):
+            with amp:
+                scores = network(image, latent), network(pulled, latent)
+            (scores[0] - scores[1]).float().square().mean().backward()
+
         def optimizers(*some):
             some = [optimizer_of([*each.parameters()], convolutions(each)[1:-1], torch.optim.Adam, dtype)
                     for each in some]
@@ -119,7 +125,7 @@ def times_by_part(o):
                  "encoder": milliseconds(lambda: learn(encoder, image)),
                  "decoder": milliseconds(lambda: learn(decoder, latent)),
                  "D learns": 2 * milliseconds(lambda: learn(discriminator, image, latent)),
-                 "D judges": milliseconds(lambda: learn(discriminator.requires_grad_(False), pulled, latent))}
+                 "D judges": milliseconds(lambda: judge(discriminator.requires_grad_(False)))}
         discriminator.requires_grad_(True)
         found["optimizers"] = milliseconds(optimizers(encoder, decoder, discriminator))
         found["data, one thread"] = milliseconds(lambda: images.batch(square, n, 0, [0, 0])) * batch_size / 2 / (
@@ -130,43 +136,32 @@ def times_by_part(o):
 
 def peak_memory(o):
     """Peak memory
-    Of train.py with its own evaluation, 16 pictures of 256 pixels; `estimated` is that of the tensors of the loop alone
-    (tools.dry_run)."""
-    from tools.dry_run import dry_run
-    rows = []
+    Of train.py with its own evaluation, 16 pictures of 256 pixels: on a GPU what torch holds for tensors, what its
+    context and libraries take comes on top. `estimated` is that of the tensors of the loop alone (tools.dry_run)."""
+    table(("batch x crop", "MB", "MB, estimated"), memory_rows(o))
+
+
+def memory_rows(o):
+    from tools.dry_run import dry_run  # which is not for a process that trains
     for batch_size, crop in o["memory_shapes"]:
         flags = {"teacher": teacher_of(o), "data_dir": o["data_dir"] or PHOTOS, "batch_size": batch_size, "crop": crop,
                  "max_iters": 6, "device": o["device"], "compile": "false"}
-        run, failed = attempt(lambda: run_train(os.path.join(o["files"], f"memory-{crop}"), **flags))
+        run, failed = attempt(lambda: run_train(os.path.join(o["files"], f"memory-{batch_size}x{crop}"), **flags))
         dry = [f"--{name}={value}" for name, value in (flags | {"dtype": "bfloat16"}).items()]
-        sys.stdout, out = sys.stderr, sys.stdout  # what train.py says of itself
-        estimated, failed_too = attempt(lambda: dry_run(*dry, f"--out_dir={o['files']}/dry"))
-        sys.stdout = out
-        rows.append((f"{batch_size} x {crop}", run[1][-2]["peak_memory_mb"] if run else failed,
-                     f"{estimated / 2**20:.0f}" if estimated else failed_too))
-    table(("batch x crop", "MB", "MB, estimated"), rows)
+        with contextlib.redirect_stdout(sys.stderr):  # what train.py says of itself
+            estimated, failed_too = attempt(lambda: dry_run(*dry, f"--out_dir={o['files']}/dry"))
+        measured = re.search(r"^peak_memory_mb: (\d+)", run[0], re.MULTILINE).group(1) if run else failed
+        yield f"{batch_size} x {crop}", measured, f"{estimated / 2**20:.0f}" if estimated else failed_too
 
 
 def waits(o):
     """Waits of the CPU for the GPU
     In 50 steps of the loop, between two reports; each is a place in the code that is slower than it need be."""
     if pick_device(o["device"]).type != "cuda":
-        return print("There is no GPU here; `tools.dry_run` found none in the loop.")
-    found, add, steps = Counter(), Report.add, []
-
-    def counted(report, terms):
-        add(report, terms)
-        steps.append(1)
-        torch.cuda.set_sync_debug_mode("warn" if 70 <= len(steps) < 120 else "default")
-    Report.add = counted
-    warnings.showwarning = lambda message, category, path, line, *others: found.update(
-        [f"{os.path.relpath(path, HERE)}:{line}: {message}"])
-    warnings.simplefilter("always")
-    sys.argv = ["train.py", f"--teacher={teacher_of(o)}", f"--data_dir={o['data_dir'] or PHOTOS}", "--max_iters=125",
-                "--log_interval=125", "--compile=false", f"--out_dir={o['files']}/waits"]
-    sys.stdout, out = sys.stderr, sys.stdout
-    runpy.run_path(os.path.join(HERE, "train.py"), run_name="__main__")
-    sys.stdout = out
+        return print("There is no GPU here; `python -m tools.dry_run` looks for them without one.")
+    batch_size, crop = o["memory_shapes"][0]
+    found = count_waits(os.path.join(o["files"], "waits"), teacher_of(o), o["data_dir"], crop, batch_size, 50,
+                        o["warm_up"], o["device"])
     table(("times", "where"), [(n, where) for where, n in found.most_common(20)] or [(0, "none")])
 
 
@@ -200,36 +195,38 @@ EXTRAS = {
 
 
 def turns(o, variants, pairs, with_reference):
-    """Print images a second of each, turn by turn."""
-    place, rows = pick_device(o["device"]), []
+    """Rows of images a second of each, turn by turn."""
+    place = pick_device(o["device"])
     shape, name = (o["shape"][1], o["shape"][0], o["steps"]), teacher_of(o)  # crop, batch, steps
     references = time_reference(name, o["data_dir"], *shape, place)
     for turn in range(pairs):
         reference, failed = attempt(lambda: next(references)) if with_reference else (None, "")
         if with_reference:
-            rows.append((turn + 1, "reference", reference or failed, "", "", ""))
+            yield turn + 1, "reference", reference or failed, "", "", ""
         for label, (flags, environment) in variants.items():
             found, failed = attempt(lambda: time_ours(name, o["data_dir"], *shape, o["warm_up"], o["device"], *flags,
                                                       environment=environment))
             if failed:
-                rows.append((turn + 1, label, failed, "", "", ""))
+                yield turn + 1, label, failed, "", "", ""
                 continue
             speed = found["images_per_second"]
-            rows.append((turn + 1, label, speed, speed / reference if reference else "", found["first_step"],
-                         found["peak_memory_mb"]))
-    table(("turn", "", "images/s", "times the reference", "s to the first step", "MB"), rows)
+            yield (turn + 1, label, speed, speed / reference if reference else "", found["first_step"],
+                   found["peak_memory_mb"])
+
+
+TURNS = "turn", "", "images/s", "times the reference", "s to the first step", "MB"
 
 
 def speed(o):
     """Speed"""
     here = VARIANTS if pick_device(o["device"]).type == "cuda" else dict([*VARIANTS.items()][:1])
-    turns(o, here, o["pairs"], with_reference=True)
+    table(TURNS, turns(o, here, o["pairs"], with_reference=True))
 
 
 def extras(o):
     """Speed of other settings"""
     here = EXTRAS if pick_device(o["device"]).type == "cuda" else dict([*EXTRAS.items()][:1])
-    turns(o, here, 1, with_reference=False)
+    table(TURNS, turns(o, here, 1, with_reference=False))
 
 
 def training(o):
@@ -252,8 +249,8 @@ def training(o):
         print(f"\n![{name}]({os.path.basename(o['files'])}/{name})")
 
 
-PARTS = {part.__name__: part for part in (
-    machine, the_floor, times_by_part, peak_memory, waits, resume, speed, training, extras)}
+PARTS = {part.__name__: part for part in (  # what matters most comes first: the last may find no time
+    machine, the_floor, speed, training, peak_memory, waits, resume, times_by_part, extras)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where there is no GPU: train.py's own loop on torch's meta device, whose tensors have shapes and types, no numbers.
 It stops with the line that would mix tensors of two devices, or make the CPU wait for the GPU in every step; where
-there is none it says how much memory the tensors take.
+there is none it says how much memory the tensors take. Evaluations and saves are not run, nor are starts from other
+weights; a copy from memory that is not pinned is not seen.
 
     python -m tools.dry_run --batch_size=16 --crop=256     # any of train.py's settings
 """
@@ -23,6 +24,7 @@ import support.run
 
 SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 META = torch.device("meta")
+SCALER = torch.amp.GradScaler("cpu", enabled=False)  # one that is on waits for its GPU in every step
 
 
 class OneDevice(TorchDispatchMode):
@@ -37,6 +39,8 @@ class OneDevice(TorchDispatchMode):
         devices = {tensor.device.type for tensor in tensors if tensor.ndim}
         if len(devices) > 1 and "copy" not in function.__name__:
             raise RuntimeError(f"{function}: tensors on {' and '.join(sorted(devices))}")
+        if "index" in function.__name__ and any(tensor.dtype == torch.bool for tensor in tensors):
+            raise RuntimeError(f"{function}: the GPU must tell how many are true")
         results = function(*arguments, **keywords or {})
         for tensor in tree_leaves(results):
             if isinstance(tensor, torch.Tensor) and tensor.device == META:
@@ -69,7 +73,7 @@ class Autocast(TorchFunctionMode):
 
 
 class Silent:
-    """In place of Report, and of HeldOut: what they do with numbers is done once in many steps."""
+    """In place of Report, and of HeldOut: what they do with numbers is done once in many steps, but for `add`."""
     waited, about = 0.0, ""
 
     def __init__(self, *arguments):
@@ -77,7 +81,10 @@ class Silent:
 
     def nothing(self, *arguments, **keywords):
         return {}
-    add = means = draw = end = evaluation = evaluate = nothing
+    means = draw = end = evaluation = evaluate = nothing
+
+    def add(self, terms):
+        torch.stack(list(terms.values()))
 
 
 def dry_run(*flags, script=SCRIPT):
@@ -89,14 +96,15 @@ def dry_run(*flags, script=SCRIPT):
             mock.patch.object(support.configure, "pick_device", lambda name: META), \
             mock.patch.object(support.run, "save_run", lambda *arguments: None), \
             mock.patch.object(sample, "HeldOut", Silent), mock.patch.object(torch, "autocast", Autocast), \
+            mock.patch.object(torch.amp, "GradScaler", lambda *arguments, **keywords: SCALER), \
             mock.patch.object(sys, "argv", [script, *flags]), OneDevice() as held:
         runpy.run_path(script, run_name="__main__")
     return held.peak
 
 
 if __name__ == "__main__":
-    # 40 steps: by then the pool is full; nothing is written to the folder
-    with tempfile.TemporaryDirectory() as folder:
-        peak = dry_run("--dtype=bfloat16", "--max_iters=40", f"--out_dir={folder}", *sys.argv[1:])
-    print(f"no tensors of two devices, no waiting; tensors take up to {peak / 2**20:,.0f} MB; what a GPU's libraries "
-          f"work in, and evaluations, come on top")
+    with tempfile.TemporaryDirectory() as folder:  # to which nothing is written; after 40 steps the pool is full
+        peak = dry_run("--dtype=bfloat16", *sys.argv[1:], "--max_iters=40", "--adversarial_start=0",
+                       "--init_from=scratch", f"--out_dir={folder}")
+    print(f"found no tensors of two devices, no waiting; tensors take up to {peak / 2**20:,.0f} MB; what a GPU's "
+          f"libraries work in, and evaluations, come on top")

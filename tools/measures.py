@@ -1,11 +1,16 @@
 """What tools.bench and its report measure: the floor of a step, and the speed of train.py and of the reference loop."""
+import contextlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections import Counter
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -13,6 +18,7 @@ import torch.nn as nn
 from data import PHOTOS, find_images
 from model import Decoder, Discriminator, Encoder
 from support.configure import pick_dtype
+from support.report import Report
 from tools.reference import reference_loop, reference_teacher
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -104,6 +110,7 @@ def run_train(out_dir, *flags, environment=None, **settings):
 def time_ours(teacher, data_dir, crop, batch_size, steps, warm_up, device, *flags, environment=None):
     """Speed of train.py in so many steps after those of the warm-up: its settings and its last report, "first_step" in
     seconds."""
+    warm_up = max(warm_up, steps)  # it reports after each warm_up steps, and at the end
     with tempfile.TemporaryDirectory() as out_dir:
         output, lines = run_train(
             os.path.join(out_dir, "out"), *flags, environment=environment, teacher=teacher, data_dir=data_dir or PHOTOS,
@@ -117,11 +124,38 @@ def time_reference(teacher, data_dir, crop, batch_size, steps, place, dtype="aut
     """Images a second of the reference, an endless generator of them: each measures so many steps."""
     loop = reference_loop(teacher, find_images(data_dir or PHOTOS), place, crop, batch_size, 3e-5, 64, dtype)
     while True:
-        for _ in range(3):
+        for _ in range(30 if place.type == "cuda" else 3):  # more than its workers read ahead while train.py runs
             next(loop)
-        if place.type == "cuda":
-            torch.cuda.synchronize()
         start = time.time()
         for _ in range(steps):
             next(loop)  # ends with loss.item(), which waits for the device
-        yield steps * batch_size / (time.time() - start)
+        speed = steps * batch_size / (time.time() - start)
+        if place.type == "cuda":
+            torch.cuda.empty_cache()  # train.py's turn
+        yield speed
+
+
+# -----------------------------------------------------------------------------
+# waits
+
+def count_waits(out_dir, teacher, data_dir, crop, batch_size, steps, warm_up, device):
+    """Counter of the lines at which train.py waits for the GPU in so many steps after those of the warm-up."""
+    found, add, done = Counter(), Report.add, []
+
+    def counted(report, terms):
+        add(report, terms)
+        done.append(terms)
+        torch.cuda.set_sync_debug_mode("warn" if warm_up <= len(done) < warm_up + steps else "default")
+
+    def heard(message, category, path, line, *others):
+        if "called a synchronizing" in str(message):
+            found[f"{path.removeprefix(HERE + os.sep)}:{line}"] += 1
+    flags = {"out_dir": out_dir, "teacher": teacher, "data_dir": data_dir or PHOTOS, "batch_size": batch_size,
+             "crop": crop, "max_iters": warm_up + steps + 5, "log_interval": 10**6, "compile": "false",
+             "device": device, "eval_images": 1, "eval_size": crop}
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), \
+            mock.patch.object(warnings, "showwarning", heard), mock.patch.object(Report, "add", counted), \
+            mock.patch.object(sys, "argv", ["train.py", *(f"--{name}={value}" for name, value in flags.items())]):
+        warnings.simplefilter("always")
+        runpy.run_path(os.path.join(HERE, "train.py"), run_name="__main__")
+    return found
