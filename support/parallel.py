@@ -29,7 +29,9 @@ def join(networks, settings):
     atexit.register(give_up)
     for network in networks.values():
         for tensor in network.state_dict().values():
-            dist.broadcast(tensor, 0)
+            first = tensor.contiguous()  # NCCL wants it so; in channels_last it is not
+            dist.broadcast(first, 0)
+            tensor.copy_(first)
     if settings["init_from"] != "resume":
         torch.manual_seed(settings["seed"] + RANK)
 
