@@ -141,7 +141,7 @@ def test_replay_is_half_new_half_old(stepped, monkeypatch):
         mixed, latent = scope.half_old(*greys(value))
         assert (latent[2:] == value).all() and torch.allclose(mixed, latent[:, :1] * 51 / 255, atol=1e-6)
         assert len(mixed) == len(latent) == 4
-    assert scope.replay.full and scope.replay.images.dtype == torch.uint8
+    assert scope.replay.filled == len(scope.replay.images) == 8 and scope.replay.images.dtype == torch.uint8
     drawn = {value.item() for _ in range(20) for value in scope.replay.draw(4)[1][:, 0, 0, 0]}
     assert 5.0 in drawn and len(drawn) > 1  # new ones are in, older ones still are
     monkeypatch.setattr(scope, "replay", scope.Memory(0, *shapes))
@@ -162,19 +162,19 @@ def test_a_memory_replaces_what_was_used_most(stepped):
     again = stepped.after.Memory(64, (3, 4, 4), (2, 1, 1))
     again.load_state_dict(pool.state_dict())
     assert all(torch.equal(getattr(again, name), getattr(pool, name)) for name in ("images", "latents", "uses"))
-    assert again.full
+    assert again.filled == 64
 
 
 @pytest.mark.parametrize("n", [4, 16, 48, 100])
 def test_a_memory_fills_up_though_no_batch_fits(n, stepped):
     memory = stepped.after.Memory(64, (3, 4, 4), (2, 1, 1))
     memory.push(*greys(1, 48)), memory.push(*greys(2, n))
-    assert memory.filled == min(64, 48 + n) and memory.full == (n >= 16)
+    assert memory.filled == min(64, 48 + n)
     numbers = memory.latents[:memory.filled, 0, 0, 0]
     assert (numbers == 2).sum() == min(n, 64) and (numbers > 0).all()
     smaller = stepped.after.Memory(32, (3, 4, 4), (2, 1, 1))  # a resumed run may want fewer
     smaller.load_state_dict(memory.state_dict())
-    assert smaller.full and torch.equal(smaller.latents, memory.latents[:32])
+    assert smaller.filled == 32 and torch.equal(smaller.latents, memory.latents[:32])
 
 
 def test_windows_are_cut_in_their_place(stepped):
