@@ -39,7 +39,8 @@ def run_part(name, options, seconds):
         raise
     if process.returncode and not failed:
         failed = "failed: " + (errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1][:300]
-    save_text(os.path.join(options["files"], f"{name}.log"), errors)
+    log = "-".join([name, *map(str, options.get("shape", ()))])
+    save_text(os.path.join(options["files"], f"{log}.log"), errors)
     return "\n\n".join(filter(None, (output.strip(), failed and f"**{failed}**"))), not failed
 
 
@@ -60,7 +61,10 @@ def write_report(path, options, minutes, parts=""):
     options["files"] = os.path.abspath(path.removesuffix(".md"))
     if os.path.exists(path) or os.path.exists(options["files"]):
         stop(f"--report={path}: it or the folder beside it is there already; move them away, or choose another name")
-    os.makedirs(options["files"])
+    try:
+        os.makedirs(options["files"])
+    except OSError as error:
+        stop(f"--report={path}: the folder beside it cannot be made ({error.strerror})")
     first, *others = options["shapes"]
     todo = [(name, {"shape": first} if name in ("speed", "extras") else {}) for name in wanted]
     todo += [(name, {"shape": shape}) for name in ("speed", "extras") if name in wanted for shape in others]
