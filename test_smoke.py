@@ -111,8 +111,8 @@ RATE = 1e-3 * 1 / 3  # of the sixth of six steps: over the last three it falls t
 
 
 def networks_before(stepped):
-    networks = model.Encoder(4, 8, 8), model.Decoder(4, 8, 8), model.Discriminator(4)
-    for network, name in zip(networks, ("encoder", "decoder", "discriminator")):
+    networks = model.Encoder(4, 8, 8), model.Decoder(4, 8, 8), model.Discriminator(4), model.Decoder(4, 8, 8)
+    for network, name in zip(networks, ("encoder", "decoder", "discriminator", "ema_decoder")):
         network.load_state_dict(stepped.before[name])
     return networks
 
@@ -136,7 +136,7 @@ def in_bytes(images):
 def test_what_the_discriminator_is_shown(stepped):
     """Its step: real crops of the pool, fakes half new and half old. The decoder's: the same crops, the new fakes."""
     (real, latent), (fakes, fakes_latent), (real_again, _), (fake, fake_latent) = stepped.seen
-    _, decoder, _ = networks_before(stepped)
+    _, decoder, *_ = networks_before(stepped)
     assert in_bytes(real) <= in_bytes(stepped.after.pool.images / 255)
     assert torch.equal(real, real_again) and torch.equal(latent, fake_latent)
     assert torch.allclose(fake, decoder(latent), atol=1e-5)
@@ -150,7 +150,7 @@ def test_what_the_discriminator_is_shown(stepped):
 
 
 def test_the_step_of_the_discriminator(stepped):
-    _, _, discriminator = networks_before(stepped)
+    _, _, discriminator, _ = networks_before(stepped)
     (real, latent), (fakes, fakes_latent), *_ = stepped.seen
     loss = ((discriminator(real, latent) - 1) ** 2).mean() + ((discriminator(fakes, fakes_latent) + 1) ** 2).mean()
     step_by_hand(discriminator.parameters(), loss, stepped.before["discriminator_optimizer"], betas=(0.5, 0.99))
@@ -161,13 +161,14 @@ def test_the_step_of_the_discriminator(stepped):
 
 
 def test_the_step_of_encoder_and_decoder(stepped):
-    encoder, decoder, _ = networks_before(stepped)
+    encoder, decoder, _, averaged = networks_before(stepped)
     (real, latent), *_ = stepped.seen
     discriminator, fake = copy.deepcopy(stepped.after.discriminator), decoder(latent)  # D has made its step
     terms = {"encoder": ((encoder(real) - latent) ** 2).mean(), "mse": ((fake - real) ** 2).mean(),
+             "encoder_feature": (averaged[:6](encoder(real)) - averaged[:6](latent)).abs().mean(),  # to its third block
              "adversarial": ((discriminator(fake, latent) - discriminator(real, latent)) ** 2).mean(),
              "lowres_mse": ((fake - real).unflatten(3, (4, 8)).unflatten(2, (4, 8)).mean((3, 5)) ** 2).mean()}
-    loss = terms["encoder"] + 10 * terms["mse"] + 10 * terms["lowres_mse"] + terms["adversarial"]
+    loss = sum(terms.values()) + 9 * terms["mse"] + 9 * terms["lowres_mse"]
     step_by_hand([*encoder.parameters(), *decoder.parameters()], loss, stepped.before["student_optimizer"],
                  betas=(0.9, 0.9), amsgrad=True)
     for name, value in terms.items():
@@ -220,10 +221,9 @@ def test_ramp(stepped, monkeypatch):
 
 
 def test_training_learns_and_leaves_everything(tiny_run):
-    lines = records(tiny_run.out)
-    first, *_, last = [line for line in lines if "val_psnr" in line]
+    first, *_, last = [line for line in records(tiny_run.out) if "val_psnr" in line]
     assert last["val_psnr"] > first["val_psnr"] and last["val_latent_mse"] < first["val_latent_mse"]
-    assert {"encoder", "mse", "lowres_mse", "discriminator", "adversarial"} <= lines[-2].keys()
+    assert {"encoder", "mse", "lowres_mse", "discriminator", "adversarial"} <= records(tiny_run.out)[-2].keys()
     assert set(os.listdir(tiny_run.out)) == {"ckpt.pt", "ckpt_previous.pt", "curves.png", "diffusers", "log.jsonl",
                                              "samples", "taesd_decoder.pth", "taesd_encoder.pth"}
     assert sorted(os.listdir(tiny_run.out / "samples"))[:3] == ["0000040.png", "0000080.png", "0000120.png"]

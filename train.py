@@ -22,7 +22,6 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop runs, Ctrl-C leav
 
 import copy
 import functools
-import os
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +65,7 @@ lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours
 mse_weight = 10.0            # MSE of the pixels
 replay_size = 4096           # old fakes kept for D, half of those it sees, as bytes on the device; 0 = only fresh fakes
 encoder_loss = "mse"         # of the student's latents: mse or l1
+encoder_feature_weight = 1.0 # L1 of what our decoder's first layers make of the student's latents and the teacher's
 latent_noise = 0.0           # up to so much noise on the decoder's latents, so that it also decodes unfinished ones
 # losses of published recipes
 encoder_adversarial_weight = 0.0  # D also judges pairs of real image and student's latent (TAESD 1.2)
@@ -129,13 +129,14 @@ networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminat
 for network in networks.values():
     network.to(device, memory_format=torch.channels_last)
 
-# Muon for the weights of hidden layers: all convolutions but the first and the last, or D's 1x1, which give its scores
+# Muon for the weights of hidden layers and of the encoder's last, which with Adam is slow to learn the colours of whole
+# areas: all convolutions but the encoder's first, the decoder's first and last, and D's first and 1x1 (its scores)
 if optimizer == "adamw":
     adam = discriminator_adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99))
 else:
     adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.9), amsgrad=True)  # taesd issue 11
     discriminator_adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.99))
-hidden = convolutions(encoder)[1:-1] + convolutions(decoder)[1:-1] if optimizer == "muon" else []
+hidden = convolutions(encoder)[1:] + convolutions(decoder)[1:-1] if optimizer == "muon" else []
 student_optimizer = optimizer_of([*encoder.parameters(), *decoder.parameters()], hidden, adam, dtype)
 hidden = [weight for weight in convolutions(discriminator)[1:] if weight.shape[-1] > 1 and optimizer == "muon"]
 discriminator_optimizer = optimizer_of([*discriminator.parameters()], hidden, discriminator_adam, dtype)
@@ -154,14 +155,12 @@ def descend(optimizer, loss, lr):
         group["lr"] = lr * ramp(progress.step)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
-    if RANKS > 1:
-        average_gradients(optimizer)
+    average_gradients(optimizer)
     scaler.step(optimizer)
 
 
 # -----------------------------------------------------------------------------
 # the losses
-
 def discriminator_loss(real_scores, fake_scores):
     """What D minimises: scores of real images are +1, of fakes -1. Half of the fakes are old, of other images."""
     return (real_scores - 1).square().mean() + (fake_scores + 1).square().mean()
@@ -187,6 +186,7 @@ pixel_losses = {  # name: (weight, distance of fake and real)
     "lpips": (lpips_weight, published.lpips(device) if lpips_weight > 0 and train_decoder else None),
 }
 check_losses(settings, pixel_losses)
+features = ema_decoder[:6]  # what our decoder first makes of latents, at their resolution (taesd issue 11)
 
 
 def judge(*pairs):
@@ -197,7 +197,6 @@ def judge(*pairs):
 
 # -----------------------------------------------------------------------------
 # the memories: a pool of real crops, and the replay buffer of old fakes
-
 class Memory:
     """Pairs of image [3,H,W] in [0,1] and latent, kept on the device; images as bytes. Drawn at random."""
     def __init__(self, size, image_shape, latent_shape):
@@ -263,9 +262,8 @@ def half_old(fakes, latents):
     if not len(replay.images):
         return fakes, latents
     replay.push(fakes, latents)
-    n = len(fakes) // 2
-    old_fakes, old_latents = replay.draw(n)
-    return torch.cat([old_fakes, fakes[n:]]), torch.cat([old_latents, latents[n:]])
+    old_fakes, old_latents = replay.draw(len(fakes) // 2)
+    return torch.cat([old_fakes, fakes[len(old_fakes):]]), torch.cat([old_latents, latents[len(old_fakes):]])
 
 
 # -----------------------------------------------------------------------------
@@ -277,8 +275,7 @@ if checkpoint:
     learning_rate = settings["learning_rate"]  # it depends on whether they had to be learned
     restore(checkpoint, parts, progress, settings, shape, device)  # all, or the weights alone, D's too if they fit
     del checkpoint  # frees its memory
-if RANKS > 1:
-    join(networks, settings)
+join(networks, settings)
 
 introduce(settings, images, vae, networks, {"pool": pool, "replay": replay}, machine)
 held_out = HeldOut(images.held_out(eval_images, eval_size), vae, teacher)
@@ -288,22 +285,22 @@ report = Report(settings, progress, held_out, machine, started)
 
 def evaluate():
     """Measure and draw the averaged weights on the held-out images."""
-    if RANK:
-        return  # the first process does
-    path = os.path.join(out_dir, "samples", f"{progress.step:07d}.png")
-    progress.figures = held_out.evaluate(ema_encoder, ema_decoder, decoder, amp, path)
-    report.evaluation(progress.figures)
+    if RANK == 0:
+        path = f"{out_dir}/samples/{progress.step:07d}.png"
+        progress.figures = held_out.evaluate(ema_encoder, ema_decoder, decoder, amp, path)
+        report.evaluation(progress.figures)
 
 
 if compile:  # when first called, each for its one shape; `.forward`: Module.compile does not see through a Sequential
-    for network in (encoder, decoder, discriminator, *([] if vae.video else [vae.vae.encoder])):
+    for network in (encoder, decoder, discriminator, features, *([] if vae.video else [vae.vae.encoder])):
         network.forward = torch.compile(network.forward, dynamic=False)
     torch._functorch.config.donated_buffer = adversarial_scaling != "adaptive"  # which goes through a graph twice
 if init_from not in ("scratch", "resume"):
     evaluate()  # how good are the weights that it starts from?
     save_run(settings, shape, parts, progress, held_out)
-trained = [weight for half in (encoder, decoder) for weight in half.parameters() if weight.requires_grad]
-averages = [weight for half in (ema_encoder, ema_decoder) for weight in half.parameters() if weight.requires_grad]
+trained, averages = ([weight.detach() for half in halves for weight in half.parameters() if weight.requires_grad]
+                     for halves in ((encoder, decoder), (ema_encoder, ema_decoder)))
+ema_decoder.requires_grad_(False)  # the encoder learns through it, not it
 loader = batches(images, across * crop, windows, color_augment, seed, workers, start=progress.batches_read,
                  pin=device.type == "cuda", rank=RANK, ranks=RANKS)
 stopping = Interrupt()  # true after Ctrl-C
@@ -315,11 +312,15 @@ while not last:
     real, latent = get_batch()
     terms, loss = {}, 0.0  # the terms are reported by their names; the loss is what the student minimises
 
-    # encoder: copies the teacher's latents
+    # encoder: copies the teacher's latents, above all what our decoder sees in them (one that is noise sees nothing)
     if train_encoder:
         with amp:
             encoded = encoder(real).float()
         loss = terms["encoder"] = F.mse_loss(encoded, latent) if encoder_loss == "mse" else F.l1_loss(encoded, latent)
+        if encoder_feature_weight > 0 and "decoder" in progress.ready:
+            with amp:
+                terms["encoder_feature"] = F.l1_loss(features(encoded).float(), features(latent).float())
+            loss = loss + encoder_feature_weight * terms["encoder_feature"]
 
     # decoder: paints fakes, near the real images
     if train_decoder:
@@ -362,8 +363,7 @@ while not last:
 
     # average the weights over images; early on over the last tenth of them, so that the first noise is soon forgotten
     halflife = min(ema_halflife, 0.1 * progress.images_averaged)
-    with torch.no_grad():
-        torch._foreach_lerp_(averages, trained, 1 - 0.5 ** (batch_size * RANKS / max(halflife, 1e-9)))
+    torch._foreach_lerp_(averages, trained, 1 - 0.5 ** (batch_size * RANKS / max(halflife, 1e-9)))
 
     # report, evaluate, save
     report.add(terms)

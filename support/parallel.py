@@ -22,7 +22,10 @@ if RANK:
 
 
 def join(networks, settings):
-    """Meet the other processes: all take the first one's weights, and go on with random numbers of their own."""
+    """Meet the other processes, if there are any: all take the first one's weights, and go on with random numbers of
+    their own."""
+    if RANKS == 1:
+        return
     gpus = torch.cuda.is_available() and dist.is_nccl_available()  # which it is not on Windows
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
                             timeout=datetime.timedelta(hours=2))  # the first one measures, the others wait
@@ -52,6 +55,8 @@ def leave():
 
 def average_gradients(optimizer):
     """Replace the gradients by their means over the processes, all in one message."""
+    if RANKS == 1:
+        return
     gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"]
                  if weight.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -106,14 +106,21 @@ def test_d_judges_the_encoder_s_latents(tmp_path, monkeypatch):
     assert step.terms["encoder_adversarial"] == pytest.approx(pull, rel=1e-4)
 
 
-@pytest.mark.parametrize("weight", [0, 30])
-def test_the_encoder_feels_it(weight, tmp_path, monkeypatch):
-    """Its gradient is that of its own loss and, with the weight, of the discriminator's scores."""
-    step = first_step(tmp_path / "out", monkeypatch, f"--encoder_adversarial_weight={weight}", "--adversarial_weight=1")
-    (real, latent, _), encoder, d = step.seen[0], step.before[0], step.after.discriminator
-    encoded = encoder(real)
+@pytest.mark.parametrize("weight,feature_weight", [(0, 0), (30, 0), (0, 20)])
+def test_the_encoder_feels_it(weight, feature_weight, tmp_path, monkeypatch):
+    """Its gradient is that of its own loss and, with the weights, of D's scores and of the decoder's first layers."""
+    step = first_step(tmp_path / "out", monkeypatch, f"--encoder_adversarial_weight={weight}", "--adversarial_weight=1",
+                      f"--encoder_feature_weight={feature_weight}")
+    (real, latent, _), (encoder, averaged, _), d = step.seen[0], step.before, step.after.discriminator
+    encoded = seen = encoder(real)
     loss = F.mse_loss(encoded, latent) + weight * (d(real, encoded) - d(real, latent)).square().mean()
-    loss.backward()
+    with torch.no_grad():
+        goal = averaged[5](averaged[4](averaged[3](averaged[1](averaged[0](latent)).relu())))
+    for layer in list(averaged)[:6]:  # the average is that of the start
+        seen = layer(seen)
+    (loss + feature_weight * (seen - goal).abs().mean()).backward()
+    assert ("encoder_feature" in step.terms) == (feature_weight > 0)
+    assert all(weight.grad is None for weight in step.after.ema_decoder.parameters())
     for (name, weight), expected in zip(step.after.encoder.named_parameters(), encoder.parameters()):
         assert torch.allclose(weight.grad, expected.grad, rtol=1e-3, atol=1e-5), name
 

@@ -139,6 +139,7 @@ def test_the_encoder_alone(tmp_path, capsys):
     train(*TINY, "--max_iters=2", "--train_decoder=false", f"--out_dir={out}")
     assert (out / "taesd_encoder.pth").exists() and not (out / "taesd_decoder.pth").exists()
     assert not (out / "diffusers").exists() and not {"mse", "adversarial"} & records(out)[2].keys()
+    assert "encoder_feature" not in records(out)[2]  # its decoder is noise
     script("sample.py", f"--out_dir={out}", "--device=cpu")
     table = capsys.readouterr().out.split("PSNR dB")[1]
     assert "teacher round trip" in table and "our encoder, teacher's decoder" in table and "our decoder" not in table
@@ -152,6 +153,12 @@ def test_the_decoder_alone(tiny_run, tmp_path):
     assert equal(before, after)  # frozen as it was loaded, and exported
     assert not equal(load(tiny_run.out / "taesd_decoder.pth"), load(tmp_path / "out" / "taesd_decoder.pth"))
     assert equal(before, scope.encoder.state_dict())
+
+
+def test_the_encoder_learns_through_a_decoder_that_is_given(copied_run):
+    train("--init_from=resume", "--train_decoder=false", "--max_iters=121", f"--out_dir={copied_run}")
+    line = records(copied_run)[-2]
+    assert line["encoder_feature"] > 0 and "mse" not in line
 
 
 def test_a_half_that_is_frozen_later(tiny_run, copied_run):
@@ -218,14 +225,15 @@ def test_compiled_once(scaling, small, tmp_path, monkeypatch):
     with torch._functorch.config.patch(donated_buffer=True):  # restored afterwards
         train(*flags, "--compile=true", f"--out_dir={tmp_path / 'compiled'}")
     torch._dynamo.reset()
-    # encoder, decoder, teacher; D judges with a gradient for its weights, for the fake, for neither
-    assert 4 < counter.frame_count <= 6
+    # encoder, decoder, teacher; D judges with a gradient for its weights, for the fake, for neither; our decoder's first
+    # layers with a gradient for the student's latents, and without one for the teacher's
+    assert 6 < counter.frame_count <= 8
     sizes = [size for graph in counter.graphs for node in graph.graph.nodes if node.op == "placeholder"
              for size in getattr(node.meta["example_value"], "shape", [node.meta["example_value"]])]
     assert sizes and all(type(size) is int for size in sizes)  # none left open
     train(*flags, "--compile=false", f"--out_dir={tmp_path / 'eager'}")
     for ours, theirs in zip(records(tmp_path / "compiled")[1:], records(tmp_path / "eager")[1:], strict=True):
-        for name in {"encoder", "mse", "adversarial", "discriminator", "val_psnr"} & theirs.keys():
+        for name in {"encoder", "encoder_feature", "mse", "adversarial", "discriminator", "val_psnr"} & theirs.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
 
 
