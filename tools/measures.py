@@ -82,6 +82,7 @@ def floor(teacher, crop, batch_size, echo, width, operations_rate, bytes_rate):
     parts = {  # forward passes, or as much work: a backward pass counts 2, or 1 if only the input's gradient is wanted
         "teacher": (1 / echo, work(teacher_encoder, image)),
         "encoder": (3, work(Encoder(latent_channels, factor, width), image)),
+        "features": (2 + 1, work(Decoder(latent_channels, factor, width)[:6], latent)),
         "decoder": (3, work(Decoder(latent_channels, factor, width), latent)),
         "discriminator": (2 * 3 + 2 + 1, work(Discriminator(latent_channels), image, latent))}
     rows = []
