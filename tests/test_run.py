@@ -225,8 +225,8 @@ def test_compiled_once(scaling, small, tmp_path, monkeypatch):
     with torch._functorch.config.patch(donated_buffer=True):  # restored afterwards
         train(*flags, "--compile=true", f"--out_dir={tmp_path / 'compiled'}")
     torch._dynamo.reset()
-    # encoder, decoder, teacher; D judges with a gradient for its weights, for the fake, for neither; our decoder's first
-    # layers with a gradient for the student's latents, and without one for the teacher's
+    # encoder, decoder, teacher; D judges with a gradient for its weights, for the fake, for neither; `features` with one
+    # for the student's latents, and without
     assert 6 < counter.frame_count <= 8
     sizes = [size for graph in counter.graphs for node in graph.graph.nodes if node.op == "placeholder"
              for size in getattr(node.meta["example_value"], "shape", [node.meta["example_value"]])]

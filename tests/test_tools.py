@@ -6,16 +6,18 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model
 from teacher import Teacher
 from test_smoke import run
-from tools import bench_parts, bench_report, measures
+from tools import bench_parts, bench_report, context, measures
 
 
 def tool(name, *arguments):
     """`python -m tools.name` in this process."""
     argv, sys.argv = sys.argv, [name, *map(str, arguments)]
+    sys.modules.pop(f"tools.{name}", None)
     try:
         runpy.run_module(f"tools.{name}", run_name="__main__")
     finally:
@@ -39,6 +41,19 @@ def test_train_vae(tmp_path, capsys):
 def test_time_crops(capsys):
     tool("time_crops", "--crop=32", "--seconds=0.1")
     assert "crops of 32 pixels a second, one thread" in capsys.readouterr().out
+
+
+def test_tiles_lack_their_surroundings(capsys):
+    squares = torch.rand(5, 3, 32, 32)
+    local = context.by_tiles(lambda x: F.avg_pool2d(x, 8), squares, 4)
+    assert torch.allclose(local, F.avg_pool2d(squares, 8), atol=1e-6)  # in their place, and nothing is lost
+    means = context.by_tiles(lambda x: x - x.mean((2, 3), keepdim=True), squares, 2)
+    assert torch.allclose(means[:, :, :16, 16:].mean((2, 3)), torch.zeros(5, 3), atol=1e-6)
+    tool("context", "--count=1", "--size=64", "--device=cpu")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tiles of")]
+    assert [int(row[2]) for row in rows] == [64, 32] and float(rows[0][8]) == 0 < float(rows[1][8])
+    with pytest.raises(SystemExit, match="--size=72: must be a multiple of 16"):
+        tool("context", "--size=72")
 
 
 def test_the_work_of_a_pass_is_counted():
