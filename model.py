@@ -192,10 +192,10 @@ class Together:
             optimizer.load_state_dict(state[name])
 
 
-def optimizer_of(parameters, hidden, adam, dtype):
-    """Muon, computing in dtype, for the weights in `hidden`; for all others `adam`, called with the list of them."""
-    others = [weight for weight in parameters if not any(weight is one for one in hidden)]
+def optimizer_of(parameters, by_muon, adam, dtype):
+    """Muon, computing in dtype, for the weights in `by_muon`; for all others `adam`, called with the list of them."""
+    others = [weight for weight in parameters if not any(weight is one for one in by_muon)]
     optimizers = {"adam": adam(others, fused=others[0].device.type != "mps")}
-    if hidden:
-        optimizers["muon"] = Muon(hidden, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    if by_muon:
+        optimizers["muon"] = Muon(by_muon, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     return Together(**optimizers)

@@ -65,7 +65,7 @@ lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours
 mse_weight = 10.0            # MSE of the pixels
 replay_size = 4096           # old fakes kept for D, half of those it sees, as bytes on the device; 0 = only fresh fakes
 encoder_loss = "mse"         # of the student's latents: mse or l1
-encoder_feature_weight = 1.0 # L1 of what our decoder's first layers make of the student's latents and the teacher's
+encoder_feature_weight = 1.0 # L1 of what our decoder's first layers make of the student's latents and of the teacher's
 latent_noise = 0.0           # up to so much noise on the decoder's latents, so that it also decodes unfinished ones
 # losses of published recipes
 encoder_adversarial_weight = 0.0  # D also judges pairs of real image and student's latent (TAESD 1.2)
@@ -76,7 +76,7 @@ l1_weight = 0.0              # L1 of the pixels
 frequency_weight = 0.0       # L1 of the amplitudes of the 2-D Fourier transform
 lpips_weight = 0.0           # perceptual distance, from the lpips package
 # optimizer
-optimizer = "muon"           # muon, with Adam for all but hidden layers; adam (as TAESD's author) or adamw (as seraena)
+optimizer = "muon"           # muon (Adam for the outer layers and biases); adam (as TAESD's author); adamw (as seraena)
 learning_rate = 1e-3         # of encoder and decoder; 1e-4 from weights of this teacher, if no flag says otherwise
 discriminator_lr = 1e-3      # of the discriminator
 cooldown = 0.5               # share of max_iters over which, at the end, the learning rates fall to 0
@@ -123,23 +123,23 @@ shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": 
 encoder, decoder, discriminator = Encoder(**shape), Decoder(**shape), Discriminator(vae.latent_channels)
 encoder.requires_grad_(train_encoder)
 decoder.requires_grad_(train_decoder)
-ema_encoder, ema_decoder = copy.deepcopy(encoder), copy.deepcopy(decoder)  # averaged over the steps: these are exported
+ema_encoder, ema_decoder = (copy.deepcopy(half).requires_grad_(False) for half in (encoder, decoder))
 networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator,
-            "ema_encoder": ema_encoder, "ema_decoder": ema_decoder}
+            "ema_encoder": ema_encoder, "ema_decoder": ema_decoder}  # averaged over the steps: these are exported
 for network in networks.values():
     network.to(device, memory_format=torch.channels_last)
 
-# Muon for the weights of hidden layers and of the encoder's last, which with Adam is slow to learn the colours of whole
-# areas: all convolutions but the encoder's first, the decoder's first and last, and D's first and 1x1 (its scores)
+# Muon for the weights of hidden layers, and of the encoder's last, which by Adam is slow to learn colours of wide areas:
+# all convolutions but the encoder's first, the decoder's first and last, D's first and those of its scores, 1x1
 if optimizer == "adamw":
     adam = discriminator_adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99))
 else:
     adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.9), amsgrad=True)  # taesd issue 11
     discriminator_adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.99))
-hidden = convolutions(encoder)[1:] + convolutions(decoder)[1:-1] if optimizer == "muon" else []
-student_optimizer = optimizer_of([*encoder.parameters(), *decoder.parameters()], hidden, adam, dtype)
-hidden = [weight for weight in convolutions(discriminator)[1:] if weight.shape[-1] > 1 and optimizer == "muon"]
-discriminator_optimizer = optimizer_of([*discriminator.parameters()], hidden, discriminator_adam, dtype)
+by_muon = convolutions(encoder)[1:] + convolutions(decoder)[1:-1] if optimizer == "muon" else []
+student_optimizer = optimizer_of([*encoder.parameters(), *decoder.parameters()], by_muon, adam, dtype)
+by_muon = [weight for weight in convolutions(discriminator)[1:] if weight.shape[-1] > 1 and optimizer == "muon"]
+discriminator_optimizer = optimizer_of([*discriminator.parameters()], by_muon, discriminator_adam, dtype)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -186,7 +186,8 @@ pixel_losses = {  # name: (weight, distance of fake and real)
     "lpips": (lpips_weight, published.lpips(device) if lpips_weight > 0 and train_decoder else None),
 }
 check_losses(settings, pixel_losses)
-features = ema_decoder[:6]  # what our decoder first makes of latents, at their resolution (taesd issue 11)
+# of latents, and of their size: what the averaged decoder's first six layers make of them (taesd issue 11)
+features = ema_decoder[:6] if encoder_feature_weight > 0 else torch.nn.Identity()
 
 
 def judge(*pairs):
@@ -298,9 +299,8 @@ if compile:  # when first called, each for its one shape; `.forward`: Module.com
 if init_from not in ("scratch", "resume"):
     evaluate()  # how good are the weights that it starts from?
     save_run(settings, shape, parts, progress, held_out)
-trained, averages = ([weight.detach() for half in halves for weight in half.parameters() if weight.requires_grad]
-                     for halves in ((encoder, decoder), (ema_encoder, ema_decoder)))
-ema_decoder.requires_grad_(False)  # the encoder learns through it, not it
+averages, trained = zip(*[pair for of_half in ((ema_encoder, encoder), (ema_decoder, decoder))
+                          for pair in zip(*(half.parameters() for half in of_half)) if pair[1].requires_grad])
 loader = batches(images, across * crop, windows, color_augment, seed, workers, start=progress.batches_read,
                  pin=device.type == "cuda", rank=RANK, ranks=RANKS)
 stopping = Interrupt()  # true after Ctrl-C
@@ -312,12 +312,12 @@ while not last:
     real, latent = get_batch()
     terms, loss = {}, 0.0  # the terms are reported by their names; the loss is what the student minimises
 
-    # encoder: copies the teacher's latents, above all what our decoder sees in them (one that is noise sees nothing)
+    # encoder: copies the teacher's latents, in themselves and as our decoder's first layers see them
     if train_encoder:
         with amp:
             encoded = encoder(real).float()
         loss = terms["encoder"] = F.mse_loss(encoded, latent) if encoder_loss == "mse" else F.l1_loss(encoded, latent)
-        if encoder_feature_weight > 0 and "decoder" in progress.ready:
+        if encoder_feature_weight > 0 and "decoder" in progress.ready:  # one that is trained, or was given
             with amp:
                 terms["encoder_feature"] = F.l1_loss(features(encoded).float(), features(latent).float())
             loss = loss + encoder_feature_weight * terms["encoder_feature"]
@@ -362,8 +362,8 @@ while not last:
     progress.images_averaged += batch_size * RANKS
 
     # average the weights over images; early on over the last tenth of them, so that the first noise is soon forgotten
-    halflife = min(ema_halflife, 0.1 * progress.images_averaged)
-    torch._foreach_lerp_(averages, trained, 1 - 0.5 ** (batch_size * RANKS / max(halflife, 1e-9)))
+    halflife = max(1e-9, min(ema_halflife, 0.1 * progress.images_averaged))
+    torch._foreach_lerp_(averages, [weight.detach() for weight in trained], 1 - 0.5 ** (batch_size * RANKS / halflife))
 
     # report, evaluate, save
     report.add(terms)
@@ -377,4 +377,4 @@ while not last:
         report.draw()
 
 loader.close()
-report.end(stopped=bool(stopping))
+report.end(stopped=bool(stopping))  # several processes end here, at once

@@ -47,7 +47,7 @@ def give_up():
 
 
 def leave():
-    """At the end that all reach. At once, too: torch's threads now and then abort an interpreter that ends by itself."""
+    """Where all processes end: at once, for torch's threads sometimes abort an interpreter that ends normally."""
     if RANKS > 1:
         dist.destroy_process_group()
         sys.stdout.flush()

@@ -106,8 +106,9 @@ def open_run(settings, by_file, by_flag):
     check_ours(os.path.join(out_dir, "diffusers"), DIFFUSERS_FILES)  # which is written only after many steps
     if init_from == "resume":
         checkpoint = load_checkpoint(out_dir, set_aside=RANK == 0)
-        brought = {name: value for name, value in checkpoint["settings"].items()
-                   if name in settings and name not in ("out_dir", "init_from", "profile")}
+        brought = {name: 0.0 for name in settings if name.endswith("_weight")}  # of terms that are newer than the run
+        brought |= {name: value for name, value in checkpoint["settings"].items()
+                    if name in settings and name not in ("out_dir", "init_from", "profile")}
         for name in ("crop", "width", "optimizer"):
             asked = (by_file | by_flag).get(name, brought.get(name))
             if asked != brought.get(name):

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+import model
 from conftest import TINY, load
 from support import run as rules
 from test_smoke import HERE, records, run, start, train
@@ -39,6 +40,10 @@ def test_two_processes_learn_what_one_does(tmp_path):
     for network in ("encoder", "decoder", "discriminator", "ema_encoder", "ema_decoder"):
         for name, weight in one[network].items():
             torch.testing.assert_close(two[network][name], weight, atol=1e-6, rtol=0)  # Muon rounds
+    torch.manual_seed(0)
+    for half, start_of in (("encoder", model.Encoder(4, 8, 8)), ("decoder", model.Decoder(4, 8, 8))):
+        for name, weight in start_of.state_dict().items():  # the averages have moved with the weights
+            assert (one[f"ema_{half}"][name] - weight).abs().max() > 1e-4, name
 
 
 def test_gradients_are_means_and_weights_the_first_ones(tmp_path):

@@ -155,10 +155,19 @@ def test_the_decoder_alone(tiny_run, tmp_path):
     assert equal(before, scope.encoder.state_dict())
 
 
-def test_the_encoder_learns_through_a_decoder_that_is_given(copied_run):
+def test_the_encoder_learns_through_a_decoder_that_is_given(tiny_run, copied_run):
     train("--init_from=resume", "--train_decoder=false", "--max_iters=121", f"--out_dir={copied_run}")
     line = records(copied_run)[-2]
     assert line["encoder_feature"] > 0 and "mse" not in line
+    assert equal(load(tiny_run.out / "taesd_decoder.pth"), load(copied_run / "taesd_decoder.pth"))
+
+
+def test_a_term_that_is_newer_than_the_run_is_off(copied_run):
+    checkpoint = load(copied_run / "ckpt.pt")
+    del checkpoint["settings"]["encoder_feature_weight"]
+    torch.save(checkpoint, copied_run / "ckpt.pt")
+    train("--init_from=resume", "--max_iters=121", f"--out_dir={copied_run}")
+    assert "encoder_feature" not in records(copied_run)[-2] and "mse" in records(copied_run)[-2]
 
 
 def test_a_half_that_is_frozen_later(tiny_run, copied_run):
@@ -225,9 +234,9 @@ def test_compiled_once(scaling, small, tmp_path, monkeypatch):
     with torch._functorch.config.patch(donated_buffer=True):  # restored afterwards
         train(*flags, "--compile=true", f"--out_dir={tmp_path / 'compiled'}")
     torch._dynamo.reset()
-    # encoder, decoder, teacher; D judges with a gradient for its weights, for the fake, for neither; `features` with one
-    # for the student's latents, and without
-    assert 6 < counter.frame_count <= 8
+    # encoder, decoder, teacher; D judges with a gradient for its weights, for the fake, for neither; `features`
+    # with one for the student's latents, and without
+    assert counter.frame_count == 8
     sizes = [size for graph in counter.graphs for node in graph.graph.nodes if node.op == "placeholder"
              for size in getattr(node.meta["example_value"], "shape", [node.meta["example_value"]])]
     assert sizes and all(type(size) is int for size in sizes)  # none left open

@@ -52,7 +52,7 @@ def test_tiles_lack_their_surroundings(capsys):
     tool("context", "--count=1", "--size=64", "--device=cpu")
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tiles of")]
     assert [int(row[2]) for row in rows] == [64, 32] and float(rows[0][8]) == 0 < float(rows[1][8])
-    with pytest.raises(SystemExit, match="--size=72: must be a multiple of 16"):
+    with pytest.raises(SystemExit, match="--size=72: must be 32 or more and a multiple of 16"):
         tool("context", "--size=72")
 
 

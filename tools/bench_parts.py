@@ -2,6 +2,7 @@
 print markdown; the first line of a part's text is its title, the rest explains it.
 """
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -111,23 +112,24 @@ def times_by_part(o):
                 output = network(*inputs)
             output.float().square().mean().backward()
 
-        def judge(network):
+        def pull(network, of_teacher, of_student):
             with amp:
-                scores = network(image, latent), network(pulled, latent)
-            (scores[0] - scores[1]).float().square().mean().backward()
-
-        def optimizers(*some):
-            some = [optimizer_of([*each.parameters()], convolutions(each)[1:-1], torch.optim.Adam, dtype)
-                    for each in some]
-            return lambda: [each.step() for each in some]
-        pulled = image.clone().requires_grad_()  # a fake, through which the decoder learns from D
+                outputs = network(*of_teacher), network(*of_student)
+            (outputs[0] - outputs[1]).float().square().mean().backward()
+        pulled, encoded = (x.clone().requires_grad_() for x in (image, latent))  # through them the students learn
+        features = copy.deepcopy(decoder[:6]).requires_grad_(False)
+        by_muon = [weight for each in networks for weight in convolutions(each)[1:] if weight.shape[-1] > 1]
+        optimizer = optimizer_of([weight for each in networks for weight in each.parameters()], by_muon,
+                                 torch.optim.Adam, dtype)
         found = {"teacher": milliseconds(lambda: vae.encode(squares)) * batch_size / 2 / (n * (square // crop)**2),
                  "encoder": milliseconds(lambda: learn(encoder, image)),
+                 "features": milliseconds(lambda: pull(features, (latent,), (encoded,))),
                  "decoder": milliseconds(lambda: learn(decoder, latent)),
                  "D learns": 2 * milliseconds(lambda: learn(discriminator, image, latent)),
-                 "D judges": milliseconds(lambda: judge(discriminator.requires_grad_(False)))}
+                 "D judges": milliseconds(lambda: pull(discriminator.requires_grad_(False), (image, latent),
+                                                       (pulled, latent)))}
         discriminator.requires_grad_(True)
-        found["optimizers"] = milliseconds(optimizers(encoder, decoder, discriminator))
+        found["optimizers"] = milliseconds(optimizer.step)
         found["data, one thread"] = milliseconds(lambda: images.batch(square, n, 0, [0, 0])) * batch_size / 2 / (
             n * (square // crop)**2)
         rows.append((f"{batch_size} x {crop}", *found.values()))

@@ -31,8 +31,8 @@ def by_tiles(encode, squares, n):
 def main():
     require_positive(globals(), "count", "size")
     vae = Teacher(teacher, pick_device(device))
-    if size % (2 * vae.multiple):
-        stop(f"--size={size}: must be a multiple of {2 * vae.multiple} for this teacher")
+    if size < 32 or size % (2 * vae.multiple):
+        stop(f"--size={size}: must be 32 or more and a multiple of {2 * vae.multiple} for this teacher")
     squares = Images("", images).held_out(count, size).to(vae.device) / 255
     whole, rows, n = chunked(vae.encode, squares), {}, 1
     while size // n >= 32 and size // n % vae.multiple == 0:
