@@ -129,7 +129,7 @@ networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminat
 for network in networks.values():
     network.to(device, memory_format=torch.channels_last)
 
-# Muon for the weights of hidden layers, and of the encoder's last, which by Adam is slow to learn colours of wide areas:
+# Muon for weights of hidden layers, and of the encoder's last, which by Adam is slow to learn colours of wide areas:
 # all convolutions but the encoder's first, the decoder's first and last, D's first and those of its scores, 1x1
 if optimizer == "adamw":
     adam = discriminator_adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99))
