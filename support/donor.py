@@ -2,7 +2,8 @@
 
 What a student knows of its VAE lies next to the latents; the rest of it knows pictures. By least squares, the encoder's
 last convolution learns to give the teacher's latents, and the decoder's first one to feed the layers that are kept with
-what they got in the donor. That this carries most of a picture is known: arXiv 2407.13449.
+what they got in the donor. That this carries most of a picture is known: arXiv 2407.13449. A donor of another width is
+first made as wide as the student.
 """
 import copy
 import time
@@ -12,11 +13,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import parameters
+from model import Block, Decoder, Encoder, parameters
 from support.configure import stop
 from support.files import student
 
 AT_ONCE = 4  # pictures: no more memory than an evaluation takes
+ROWS = 4096  # of so many pictures: patches are alike, and have at most a tenth as many values
 
 
 class LeastSquares:
@@ -24,9 +26,10 @@ class LeastSquares:
     def __init__(self):
         self.products = 0.0  # X'X in float64, where a row of X is a patch, a one and the values of y there
 
-    def add(self, x, y):
-        x, y = F.unfold(x.float(), 3, padding=1), y.float().flatten(2)
-        rows = torch.cat([x, torch.ones_like(x[:, :1]), y], 1).transpose(1, 2).flatten(0, 1).cpu().double()
+    def add(self, x, y, stride=1):
+        x, y = F.unfold(x.float(), 3, padding=1, stride=stride), y.float().flatten(2)
+        rows = torch.cat([x, torch.ones_like(x[:, :1]), y], 1).transpose(1, 2).flatten(0, 1)
+        rows = rows[torch.randperm(len(rows), device=rows.device)[:ROWS]].cpu().double()
         self.products = self.products + rows.T @ rows
 
     def solve(self, conv, ridge=1e-5):
@@ -44,6 +47,86 @@ class LeastSquares:
                 conv.bias.copy_(means[n + 1:] - means[:n] @ weights)
         return 1 - ((yy.trace() - 2 * (weights * xy).sum() + (weights * (xx @ weights)).sum()) / variance).item()
 
+
+# -----------------------------------------------------------------------------
+# another width
+
+def is_resizable(network):
+    """Is it a row of convolutions, blocks without GroupNorm branches, and layers without weights?"""
+    return isinstance(network, nn.Sequential) and all(
+        layer.pool is None if isinstance(layer, Block) else isinstance(layer, nn.Conv2d) or not parameters(layer)
+        for layer in network)
+
+
+def widen(new, old):
+    """Copy `old` into the wider `new`, which gives the same: nothing reads the channels that are added, so far."""
+    for weight, theirs in zip(new.parameters(), old.parameters()):
+        copied = tuple(map(slice, theirs.shape))
+        weight[copied[0]] = 0
+        weight[copied] = theirs
+
+
+def narrow(new, old, inputs, amp):
+    """Make the narrower `new` give what `old` does, on a list of inputs, layer after layer: those channels are kept
+    that the layer which reads them makes most of, and solved from what is left of the layers before."""
+    def run(layer, batches):
+        with amp:
+            return [layer(x).float() for x in batches]
+
+    def fit(conv, batches, goals):
+        squares = LeastSquares()
+        for x, goal in zip(batches, goals):
+            squares.add(x, goal, conv.stride)
+        squares.solve(conv)
+
+    worth = {}  # {convolution: of each channel it reads, mean square times that of its weights}
+
+    def weigh(conv, inputs):
+        found = inputs[0].float().square().mean((0, 2, 3)) * conv.weight.square().sum((0, 2, 3))
+        worth[conv] = worth.get(conv, 0) + found
+    hooks = [layer.register_forward_pre_hook(weigh) for layer in old.modules() if isinstance(layer, nn.Conv2d)]
+    run(old, inputs)
+    for hook in hooks:
+        hook.remove()
+
+    theirs, ours = inputs, inputs
+    for at, (layer, donor) in enumerate(zip(new, old)):
+        if isinstance(layer, nn.Conv2d):
+            reader = next((after for after in old[at + 1:] if isinstance(after, nn.Conv2d)), None)
+            kept = worth[reader].topk(layer.out_channels).indices if reader else slice(None)
+            fit(layer, ours, [goal[:, kept] for goal in run(donor, theirs)])
+        elif isinstance(layer, Block):
+            x, y = theirs, ours
+            for conv, same, reader in zip(layer.conv[:3:2], donor.conv[:3:2], donor.conv[2::2]):
+                among = worth[reader].topk(conv.out_channels).indices
+                x = run(same, x)
+                fit(conv, y, [goal[:, among] for goal in x])
+                x, y = [each.relu() for each in x], [each.relu() for each in run(conv, y)]
+            ends = [(end + a)[:, kept] - b for end, a, b in zip(run(donor.conv[4], x), theirs, ours)]
+            fit(layer.conv[4], y, ends)
+        theirs, ours = run(donor, theirs), run(layer, ours)
+
+
+def resized(donor, shape, pictures, amp, source):
+    """The donor's networks, {half: network}, with shape["width"] channels."""
+    if not all(map(is_resizable, donor.values())):
+        stop(f"--width={shape['width']}: {source} has another width and keeps it, for it has GroupNorm branches or "
+             f"layers of a fork; from scratch any width will do")
+    new, inputs = {}, list(pictures)
+    for half, build in (("encoder", Encoder), ("decoder", Decoder)):
+        if half in donor:
+            new[half] = build(**shape).to(pictures[0].device, memory_format=torch.channels_last)
+            if parameters(new[half]) > parameters(donor[half]):
+                widen(new[half], donor[half])
+            else:
+                narrow(new[half], donor[half], inputs, amp)
+        with amp:
+            inputs = [donor["encoder"](each).float() for each in pictures]
+    return new
+
+
+# -----------------------------------------------------------------------------
+# another VAE
 
 def solvable(layer):
     return (isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer.stride == layer.padding == (1, 1)
@@ -92,18 +175,16 @@ def solve_decoder(new, old, latents, theirs, amp):
 
 @torch.no_grad()
 def adapt(checkpoint, shape, networks, vae, images, settings, amp):
-    """The checkpoint as it is, if its student is this teacher's; if it is another's, with a student whose layers next
-    to the latents are solved for this one; then settings["learning_rate"] becomes that of a run from scratch.
+    """The checkpoint as it is, if its student is this teacher's and as wide; if not, with a student of that width,
+    whose layers next to the latents are solved for this teacher if it was another's; then settings["learning_rate"]
+    becomes that of a run from scratch.
 
     networks: fresh; layers without a counterpart in the donor stay as they are there. amp: the autocast to compute in.
     """
-    source, started = f"--init_from={settings['init_from']}", time.time()
+    source, width, started = f"--init_from={settings['init_from']}", shape["width"], time.time()
     same_teacher = checkpoint.get("settings", {}).get("teacher") == settings["teacher"]
     if settings["init_from"] == "resume" or checkpoint["shape"] == shape and same_teacher:
         return checkpoint
-    if checkpoint["shape"]["width"] != shape["width"]:
-        stop(f"--width={shape['width']}: the student of {source} has {checkpoint['shape']['width']} channels and keeps "
-             f"them; from scratch any width will do")
     try:
         donor = student(checkpoint)
     except Exception as error:  # a fork's own: weights or arguments that are unknown here
@@ -118,22 +199,39 @@ def adapt(checkpoint, shape, networks, vae, images, settings, amp):
         pictures = pictures.to(vae.device, memory_format=torch.channels_last) / 255
         return pictures, vae.encode(pictures)
 
-    def speaks(pictures, latent):  # does it know the latents already? Files do not say of which VAE they are
+    def speaks():  # does it know the latents already? Files do not say of which VAE they are
+        if any(checkpoint["shape"][name] != shape[name] for name in ("latent_channels", "factor")):
+            return False
         if "encoder" not in donor:
             return "settings" not in checkpoint
+        pictures, latent = batch(0)
         return F.mse_loss(donor["encoder"](pictures), latent) < 0.75 * latent.var()
-    if not all(isinstance(network, nn.Sequential) for network in new.values()):
-        stop(f"{source}: is not of this teacher; to be solved for it, Encoder and Decoder must be nn.Sequential")
-    whole = all(len(keep(new[half], donor[half])) == len(new[half]) for half in new)
-    if whole and (same_teacher or speaks(*batch(0))):  # another variant, perhaps
-        return checkpoint | {"shape": shape} | {f"ema_{half}": network.state_dict() for half, network in new.items()}
-    if "encoder" not in donor:
-        stop(f"{source}: is a decoder of another VAE; to solve it for this one its encoder is needed, too")
-    if not solvable(new["encoder"][-1]):
-        stop(f"{source}: is not of this teacher; to be solved for it, Encoder must end in a 3x3 convolution")
 
+    def all_kept():
+        return all([len(keep(new[half], donor[half])) == len(new[half]) for half in new])
+
+    def weights():
+        return {f"ema_{half}": network.state_dict() for half, network in new.items()}
+    if not all(isinstance(network, nn.Sequential) for network in new.values()):
+        stop(f"{source}: is not of this teacher and width; to be solved, Encoder and Decoder must be nn.Sequential")
+    known = same_teacher or speaks()
+    if all_kept() and known:  # another variant, perhaps
+        return checkpoint | {"shape": shape} | weights()
+    if "encoder" not in donor:
+        stop(f"{source}: is a decoder alone, and not of this teacher and width; to solve it its encoder is needed, too")
+
+    settings["learning_rate"] = checkpoint["rate_from_scratch"]
+    fresh = {"shape": shape, "ready": list(new), "images_averaged": 0}
     n = 4 * vae.factor  # pictures, so that there are many more latents than weights; more than that gain nothing
     pictures, latents = zip(*[batch(k) for k in range(n // AT_ONCE)])
+    if checkpoint["shape"]["width"] != width:
+        donor = resized(donor, checkpoint["shape"] | {"width": width}, pictures[:4], amp, source)
+        print(f"donor     {settings['init_from']}, {checkpoint['shape']['width']} channels made {width}; "
+              f"{time.time() - started:.0f} s", flush=True)
+        if all_kept() and known:
+            return checkpoint | fresh | weights()
+    if not solvable(new["encoder"][-1]):
+        stop(f"{source}: is not of this teacher; to be solved for it, Encoder must end in a 3x3 convolution")
     with amp:
         theirs = [donor["encoder"](each).float() for each in pictures]
     solve, told = {"encoder": (solve_encoder, pictures, latents), "decoder": (solve_decoder, latents, theirs)}, []
@@ -145,6 +243,4 @@ def adapt(checkpoint, shape, networks, vae, images, settings, amp):
           f" crops; {'; '.join(told)}; {time.time() - started:.0f} s", flush=True)
     if not all(weight.isfinite().all() for network in new.values() for weight in network.parameters()):
         stop(f"{source}: the solved weights are not finite; --dtype=float32 may help")
-    settings["learning_rate"] = checkpoint["rate_from_scratch"]
-    weights = {f"ema_{half}": network.state_dict() for half, network in new.items()}
-    return weights | {"shape": shape, "ready": list(new), "images_averaged": 0}  # and a fresh discriminator
+    return fresh | weights()  # and a fresh discriminator
