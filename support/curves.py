@@ -11,10 +11,10 @@ FIGURES = {"val_psnr": ("PSNR, dB", False), "val_ssim": ("SSIM", False), "val_sh
 NO_LOSSES = ("step", "images_seen", "images_per_second", "data_wait", "peak_memory_mb")
 
 
-def read_log(out_dir):
-    """(figures of the teacher's round trip, {key: {images seen: value}}) of a run. What it did again after it was
-    killed and resumed counts once; a line that was cut short counts nothing."""
-    path, goal, records = os.path.join(out_dir, "log.jsonl"), {}, []
+def read_records(out_dir):
+    """(settings, figures of the teacher's round trip, what was logged since, in order of the images seen) of a run.
+    What it did again after it was killed and resumed counts once; a line that was cut short counts nothing."""
+    path, settings, goal, records = os.path.join(out_dir, "log.jsonl"), {}, {}, []
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.readlines()
@@ -25,11 +25,17 @@ def read_log(out_dir):
             record = json.loads(line)
         except ValueError:
             continue
-        goal = record.get("teacher", goal)
+        settings, goal = record.get("settings", settings), record.get("teacher", goal)
         if "images_seen" in record:
             while records and records[-1]["images_seen"] > record["images_seen"]:
                 records.pop()
             records.append(record)
+    return settings, goal, records
+
+
+def read_log(out_dir):
+    """(figures of the teacher's round trip, {key: {images seen: value}}) of a run."""
+    _, goal, records = read_records(out_dir)
     curves = {}
     for record in records:
         for key in record.keys() - set(NO_LOSSES):

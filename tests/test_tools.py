@@ -1,4 +1,5 @@
 """The programs in tools/, at tiny sizes."""
+import math
 import os
 import runpy
 import sys
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 
 import model
 from teacher import Teacher
-from test_smoke import run
-from tools import bench_parts, bench_report, context, measures
+from test_smoke import TINY, run
+from tools import bench_parts, bench_report, context, measures, study
 
 
 def tool(name, *arguments):
@@ -54,6 +55,28 @@ def test_tiles_lack_their_surroundings(capsys):
     assert [int(row[2]) for row in rows] == [64, 32] and float(rows[0][8]) == 0 < float(rows[1][8])
     with pytest.raises(SystemExit, match="--size=72: must be 32 or more and a multiple of 16"):
         tool("context", "--size=72")
+
+
+def test_a_row_is_made_once(tmp_path, capfd):
+    flags = *TINY, "--teacher=toy", "--data_dir=", "--val_dir=", "--max_iters=2", "--eval_interval=1"
+    command = f"--out_dir={tmp_path}", "--rows=l1", "--seeds=3", f"--flags={' '.join(flags)}"
+    tool("study", *command)
+    output = capfd.readouterr().out
+    assert "step 2/2" in output and "encoder_feature" not in output  # the row's own flag
+    row = output.splitlines()[-1]
+    assert row.startswith("| l1 | ") and len([*filter(None, row.split("|"))]) == 11 and "±" not in row
+    tool("study", *command)
+    assert (again := capfd.readouterr().out).splitlines()[-1] == row and "step 2/2" not in again
+    with pytest.raises(SystemExit, match="--rows=l2: must be of track, "):
+        tool("study", "--rows=l2")
+
+
+def test_rows_and_finish_lines():
+    assert study.cell([1.0, 3.0, 2.0]) == "2.00 ± 1.00" and study.cell([0.0123]) == "0.0123"
+    assert study.cell([math.nan, 30.0]) == "30.00 (1 of 2)" and study.cell([math.nan]) == ""
+    reached = {"val_psnr": 23.8, "val_ssim": 0.77, "val_sharpness": 0.45, "images_per_second": 10.0}
+    records = [reached | {"images_seen": 6000, "val_ssim": 0.76}, reached | {"images_seen": 12000}]
+    assert study.finish(records, "A") == 20 and math.isnan(study.finish(records, "B"))
 
 
 def test_the_work_of_a_pass_is_counted():

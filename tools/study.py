@@ -1,0 +1,114 @@
+"""Rows of RESULTS.md, made again: runs of train.py, one for each row and seed; their figures, mean ± deviation.
+
+    python -m tools.study                                                 # which rows there are, and how long they take
+    python -m tools.study --rows=default,l1 --flags="--teacher=taef2_encoder.pth --data_dir=pictures --val_dir=val"
+
+A run that is in out_dir is not made again and one that was stopped goes on, so a row may be added later. Minutes are
+those of training, without evaluations: as in RESULTS.md only on one core with nothing else at work (OMP_NUM_THREADS=1).
+"""
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+
+from support.configure import configure, stop
+from support.curves import read_records
+from support.files import checkpoint_paths
+from tools.measures import HERE
+
+# -----------------------------------------------------------------------------
+# settings
+rows = ""                  # names of rows, with commas between; '' = list them
+seeds = "0,1,2"            # with commas between
+flags = ""                 # of train.py, for every row: teacher, data, ...
+out_dir = "study"          # of the runs, as row-seed
+# -----------------------------------------------------------------------------
+
+TRACK = "recipes/hour.py"  # TAEF2, plain, 64-pixel crops, batch 16; evaluated on 29 squares of 256 pixels
+TEN = "--max_iters=400 --eval_interval=200 "
+ROWS = {  # name: (minutes of one EPYC core without AMX, flags beside the track's)
+    "track": (175, ""),
+    "hour": (55, "--max_iters=2000"),
+    "default": (11, TEN),
+    "no-features": (11, TEN + "--encoder_feature_weight=0"),
+    "l1": (11, TEN + "--encoder_loss=l1 --encoder_feature_weight=0"),
+    "l1-features": (11, TEN + "--encoder_loss=l1"),
+    "adam": (10, TEN + "--optimizer=adam"),
+    "no-window": (11, TEN + "--window=0"),
+    "no-replay": (11, TEN + "--replay_size=0"),
+    "no-cooldown": (11, TEN + "--cooldown=0"),
+    "no-augmentation": (11, TEN + "--color_augment=0"),
+    "no-mse": (11, TEN + "--mse_weight=0"),
+    "no-lowres": (11, TEN + "--lowres_weight=0"),
+    "no-adversary": (9, TEN + "--adversarial_weight=0"),
+    "midblock_gn": (12, TEN + "--variant=midblock_gn"),
+    "width-16": (10, "--width=16 --max_iters=840 --eval_interval=420"),
+    "width-32": (10, "--width=32 --max_iters=650 --eval_interval=325"),
+    "width-96": (11, "--width=96 --max_iters=200 --eval_interval=100"),
+}
+FIGURES = {"psnr": "PSNR dB", "ssim": "SSIM", "lowres_mse": "low-res MSE", "sharpness": "sharpness",
+           "latent_mse": "latent MSE", "teacher_psnr": "teacher's picture, dB", "teacher_lowres_mse": "its low-res MSE"}
+FINISH = {"A": {"psnr": 23.8, "ssim": 0.77, "sharpness": 0.45}, "B": {"psnr": 24.8, "ssim": 0.81, "sharpness": 0.77}}
+
+
+def made(path, row, seed):
+    """What a run logged at its evaluations; it is made first, or goes on, where it is not at its end."""
+    def at_its_end():
+        settings, _, records = read_records(path)
+        return bool(records) and records[-1]["step"] == settings["max_iters"]
+    resume = any(map(os.path.exists, checkpoint_paths(path)))
+    arguments = [os.path.join(HERE, TRACK), *shlex.split(ROWS[row][1]), f"--seed={seed}", *shlex.split(flags)]
+    command = [sys.executable, os.path.join(HERE, "train.py"), f"--out_dir={path}"]
+    if not resume or not at_its_end():
+        failed = subprocess.run(command + (["--init_from=resume"] if resume else arguments)).returncode
+        if failed or not at_its_end():
+            stop(f"{path}: this run is not at its end; the same command goes on")
+    return [record for record in read_records(path)[2] if "val_psnr" in record]
+
+
+def minutes(record):
+    return record["images_seen"] / record["images_per_second"] / 60
+
+
+def finish(records, line):
+    """Minutes to the first evaluation that reaches all figures of a finish line; nan where none does."""
+    reached = (minutes(record) for record in records
+               if all(record[f"val_{name}"] >= least for name, least in FINISH[line].items()))
+    return next(reached, math.nan)
+
+
+def cell(values):
+    """Mean ± standard deviation of those values that are numbers, and how many are."""
+    numbers = [value for value in values if math.isfinite(value)]
+    if not numbers:
+        return ""
+    mean, digits = statistics.mean(numbers), 4 if max(numbers) < 0.1 else 3 if max(numbers) < 2 else 2
+    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{mean:.{digits}f}{spread}" + (f" ({len(numbers)} of {len(values)})" if len(numbers) < len(values) else "")
+
+
+def main():
+    wanted, numbers = [name for name in rows.split(",") if name], [int(seed) for seed in seeds.split(",")]
+    for name in wanted:
+        if name not in ROWS:
+            stop(f"--rows={name}: must be of {', '.join(ROWS)}")
+    if not wanted:
+        for name, (about, arguments) in ROWS.items():
+            print(f"{name:16} about {about:3} minutes a seed: {TRACK} {arguments}")
+        return
+    lines = [*FIGURES.values(), *(f"minutes to {line}" for line in FINISH), "minutes"]
+    table = [f"| row, seeds {seeds} | {' | '.join(lines)} |", "|---" * (len(lines) + 1) + "|"]
+    for name in wanted:
+        runs = [made(os.path.join(out_dir, f"{name}-{seed}"), name, seed) for seed in numbers]
+        cells = [cell([run[-1].get(f"val_{figure}", math.nan) for run in runs]) for figure in FIGURES]
+        cells += [cell([finish(run, line) for run in runs]) for line in FINISH]
+        cells += [cell([minutes(run[-1]) for run in runs])]
+        table.append(f"| {name} | {' | '.join(cells)} |")
+        print(*table, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
