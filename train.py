@@ -64,7 +64,7 @@ adversarial_weight = 1.0     # D must not tell the fake from the real image
 lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours
 mse_weight = 10.0            # MSE of the pixels
 replay_size = 4096           # old fakes kept for D, half of those it sees, as bytes on the device; 0 = only fresh fakes
-encoder_loss = "mse"         # of the student's latents: mse; or l1, better for the teacher's decoder after an hour or more
+encoder_loss = "mse"         # of the student's latents: mse; or l1, in long runs better for the teacher's decoder
 encoder_feature_weight = 1.0 # L1 of what our decoder's first layers make of the student's latents and of the teacher's
 latent_noise = 0.0           # up to so much noise on the decoder's latents, so that it also decodes unfinished ones
 # losses of published recipes
