@@ -18,7 +18,7 @@ from support.configure import stop
 from support.files import student
 
 AT_ONCE = 4  # pictures: no more memory than an evaluation takes
-ROWS = 4096  # of so many pictures: patches are alike, and have at most a tenth as many values
+ROWS = 4096  # patches of so many pictures that least squares see, at most: neighbours are alike
 
 
 class LeastSquares:
@@ -52,10 +52,12 @@ class LeastSquares:
 # another width
 
 def is_resizable(network):
-    """Is it a row of convolutions, blocks without GroupNorm branches, and layers without weights?"""
-    return isinstance(network, nn.Sequential) and all(
-        layer.pool is None if isinstance(layer, Block) else isinstance(layer, nn.Conv2d) or not parameters(layer)
-        for layer in network)
+    """Is it a row of 3x3 convolutions, blocks without GroupNorm branches, and layers without weights?"""
+    def known(layer):
+        if isinstance(layer, nn.Conv2d):
+            return layer.kernel_size == (3, 3) and layer.padding == (1, 1) and layer.groups == 1
+        return layer.pool is None if isinstance(layer, Block) else not parameters(layer)
+    return isinstance(network, nn.Sequential) and all(map(known, network))
 
 
 def widen(new, old):
@@ -107,11 +109,9 @@ def narrow(new, old, inputs, amp):
         theirs, ours = run(donor, theirs), run(layer, ours)
 
 
-def resized(donor, shape, pictures, amp, source):
-    """The donor's networks, {half: network}, with shape["width"] channels."""
-    if not all(map(is_resizable, donor.values())):
-        stop(f"--width={shape['width']}: {source} has another width and keeps it, for it has GroupNorm branches or "
-             f"layers of a fork; from scratch any width will do")
+def resized(donor, shape, pictures, latents, amp):
+    """The donor's networks, {half: network}, with shape["width"] channels. latents: of the pictures, for a decoder
+    whose encoder is not there."""
     new, inputs = {}, list(pictures)
     for half, build in (("encoder", Encoder), ("decoder", Decoder)):
         if half in donor:
@@ -121,7 +121,7 @@ def resized(donor, shape, pictures, amp, source):
             else:
                 narrow(new[half], donor[half], inputs, amp)
         with amp:
-            inputs = [donor["encoder"](each).float() for each in pictures]
+            inputs = [donor["encoder"](each).float() for each in pictures] if "encoder" in donor else list(latents)
     return new
 
 
@@ -207,29 +207,40 @@ def adapt(checkpoint, shape, networks, vae, images, settings, amp):
         pictures, latent = batch(0)
         return F.mse_loss(donor["encoder"](pictures), latent) < 0.75 * latent.var()
 
-    def all_kept():
-        return all([len(keep(new[half], donor[half])) == len(new[half]) for half in new])
+    def kept_whole():  # do all of the donor's layers fit? Then they are copied
+        fit = all(len(new[half]) == len(donor[half]) and all(map(fits, new[half], donor[half])) for half in new)
+        return fit and [keep(new[half], donor[half]) for half in new]
 
     def weights():
+        if not all(weight.isfinite().all() for network in new.values() for weight in network.parameters()):
+            stop(f"{source}: the solved weights are not finite; --dtype=float32 may help")
         return {f"ema_{half}": network.state_dict() for half, network in new.items()}
     if not all(isinstance(network, nn.Sequential) for network in new.values()):
         stop(f"{source}: is not of this teacher and width; to be solved, Encoder and Decoder must be nn.Sequential")
     known = same_teacher or speaks()
-    if all_kept() and known:  # another variant, perhaps
+    if known and kept_whole():  # another variant, perhaps
         return checkpoint | {"shape": shape} | weights()
-    if "encoder" not in donor:
-        stop(f"{source}: is a decoder alone, and not of this teacher and width; to solve it its encoder is needed, too")
+    alone = f"{source}: is a decoder alone, and not of this teacher; to be solved for it, it needs its encoder"
+    if "encoder" not in donor and not known:
+        stop(alone)
+    other_width = checkpoint["shape"]["width"] != width
+    if other_width and not all(map(is_resizable, donor.values())):
+        stop(f"--width={width}: {source} has {checkpoint['shape']['width']} channels and keeps them, for it has "
+             f"GroupNorm branches or layers of a fork; from scratch any width will do")
 
     settings["learning_rate"] = checkpoint["rate_from_scratch"]
     fresh = {"shape": shape, "ready": list(new), "images_averaged": 0}
     n = 4 * vae.factor  # pictures, so that there are many more latents than weights; more than that gain nothing
     pictures, latents = zip(*[batch(k) for k in range(n // AT_ONCE)])
-    if checkpoint["shape"]["width"] != width:
-        donor = resized(donor, checkpoint["shape"] | {"width": width}, pictures[:4], amp, source)
+    if other_width:
+        some = max(1, n // AT_ONCE // 2)
+        donor = resized(donor, checkpoint["shape"] | {"width": width}, pictures[:some], latents[:some], amp)
         print(f"donor     {settings['init_from']}, {checkpoint['shape']['width']} channels made {width}; "
               f"{time.time() - started:.0f} s", flush=True)
-        if all_kept() and known:
+        if known and kept_whole():
             return checkpoint | fresh | weights()
+    if "encoder" not in donor:
+        stop(alone)
     if not solvable(new["encoder"][-1]):
         stop(f"{source}: is not of this teacher; to be solved for it, Encoder must end in a 3x3 convolution")
     with amp:
@@ -241,6 +252,4 @@ def adapt(checkpoint, shape, networks, vae, images, settings, amp):
         told.append(f"{half} R2 {r2:.2f}, {share:.1%} of its weights kept")
     print(f"donor     {settings['init_from']}, not of this teacher: the layers that touch the latents are solved on {n}"
           f" crops; {'; '.join(told)}; {time.time() - started:.0f} s", flush=True)
-    if not all(weight.isfinite().all() for network in new.values() for weight in network.parameters()):
-        stop(f"{source}: the solved weights are not finite; --dtype=float32 may help")
     return fresh | weights()  # and a fresh discriminator

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import re
+import shutil
 
 import pytest
 import torch
@@ -155,10 +156,10 @@ def test_the_student_of_this_teacher_is_not_solved(tmp_path, capsys):
 def test_what_cannot_be_solved(tmp_path):
     theirs = write(tmp_path / "pair", *random_pair(6))
     branched = write(tmp_path / "branched", *random_pair(6, variant="midblock_gn"))
-    with pytest.raises(SystemExit, match="--width=16: .* keeps it, for it has GroupNorm branches"):
+    with pytest.raises(SystemExit, match="--width=16: .* has 8 channels and keeps them, for it has Group"):
         train(*START, "--width=16", f"--init_from={branched}", f"--out_dir={tmp_path / 'out'}")
     (tmp_path / "pair" / "taesd_encoder.pth").unlink()
-    with pytest.raises(SystemExit, match="a decoder alone, and not of this teacher .* its encoder is needed, too"):
+    with pytest.raises(SystemExit, match="a decoder alone, and not of this teacher; .* it needs its encoder"):
         train(*START, f"--init_from={tmp_path / 'pair' / 'taesd_decoder.pth'}", f"--out_dir={tmp_path / 'out'}")
 
 
@@ -166,19 +167,19 @@ def test_what_cannot_be_solved(tmp_path):
 def test_another_width(factor, variant):
     """Wider is the same; narrower again, too, where what is cut away was not read."""
     torch.manual_seed(0)
-    for build, side in (model.Encoder, 4 * factor), (model.Decoder, 4):
+    for build, side in (model.Encoder, 4 * factor), (model.Decoder, 8):
         small, large = build(4, factor, 8, variant), build(4, factor, 12, variant)
         inputs = [torch.rand(2, 3, side, side) if build is model.Encoder else torch.randn(2, 4, side, side)
-                  for _ in range(8)]
+                  for _ in range(8 + 2)]
         with torch.no_grad():
             donor.widen(large, small)
             assert all(torch.allclose(large(each), small(each), atol=1e-6) for each in inputs)
             for weight, theirs in zip(large.parameters(), small.parameters()):
                 weight[len(theirs):] = 0
             again = build(4, factor, 8, variant)
-            before = [(again(each) - small(each)).square().mean() for each in inputs]
-            donor.narrow(again, large, inputs, contextlib.nullcontext())
-            after = [(again(each) - small(each)).square().mean() for each in inputs]
+            before = [(again(each) - small(each)).square().mean() for each in inputs[8:]]
+            donor.narrow(again, large, inputs[:8], contextlib.nullcontext())
+            after = [(again(each) - small(each)).square().mean() for each in inputs[8:]]  # on others
         assert sum(after) < 1e-5 * sum(before)
 
 
@@ -192,6 +193,12 @@ def test_a_donor_of_another_width(tiny_run, tmp_path, capsys):
     scope = train(*START, "--width=16", f"--init_from={tiny_run.out}", f"--out_dir={tmp_path / 'same'}")
     assert "8 channels made 16" in (output := capsys.readouterr().out) and "R2" not in output  # of the same teacher
     assert scope.learning_rate == 1e-3 and scope.progress.images_averaged == 0
+    decoder = tmp_path / "taesd_decoder.pth"  # alone; it is taken for one of this teacher
+    shutil.copy(tiny_run.out / "taesd_decoder.pth", decoder)
+    for width in 4, 16:
+        train(*START, f"--width={width}", f"--init_from={decoder}", f"--out_dir={tmp_path / f'alone-{width}'}")
+        assert f"8 channels made {width}" in (output := capsys.readouterr().out) and "R2" not in output
+        assert load(tmp_path / f"alone-{width}" / "ckpt.pt")["ready"] == ["decoder"]
     old, new = (files.student(files.load_student(str(path))) for path in (tiny_run.out, tmp_path / "same"))
     image, latent = torch.rand(1, 3, 32, 32), torch.randn(1, 4, 4, 4)
     assert torch.allclose(new["encoder"](image), old["encoder"](image), atol=1e-5)

@@ -23,7 +23,7 @@ from tools.measures import HERE
 rows = ""                  # names of rows, with commas between; '' = list them
 seeds = "0,1,2"            # with commas between
 flags = ""                 # of train.py, for every row: teacher, data, ...
-out_dir = "study"          # of the runs, as row-seed
+out_dir = "study"          # of the runs, as row-seed; one folder for one set of flags
 # -----------------------------------------------------------------------------
 
 TRACK = "recipes/hour.py"  # TAEF2, plain, 64-pixel crops, batch 16; evaluated on 29 squares of 256 pixels
@@ -57,7 +57,7 @@ def made(path, row, seed):
     """What a run logged at its evaluations; it is made first, or goes on, where it is not at its end."""
     def at_its_end():
         settings, _, records = read_records(path)
-        return bool(records) and records[-1]["step"] == settings["max_iters"]
+        return bool(records) and records[-1]["step"] == settings["max_iters"] and "val_psnr" in records[-1]
     resume = any(map(os.path.exists, checkpoint_paths(path)))
     arguments = [os.path.join(HERE, TRACK), *shlex.split(ROWS[row][1]), f"--seed={seed}", *shlex.split(flags)]
     command = [sys.executable, os.path.join(HERE, "train.py"), f"--out_dir={path}"]
@@ -69,7 +69,7 @@ def made(path, row, seed):
 
 
 def minutes(record):
-    return record["images_seen"] / record["images_per_second"] / 60
+    return record["images_seen"] / max(record["images_per_second"], 1e-9) / 60  # at a start from weights 0 of both
 
 
 def finish(records, line):
