@@ -77,7 +77,7 @@ frequency_weight = 0.0       # L1 of the amplitudes of the 2-D Fourier transform
 lpips_weight = 0.0           # perceptual distance, from the lpips package
 # optimizer
 optimizer = "muon"           # muon (Adam for biases and D's outer layers); adam (as TAESD's author); adamw (as seraena)
-learning_rate = 1e-3         # of encoder and decoder; 1e-4 from weights of this teacher and width, unless a flag says else
+learning_rate = 1e-3         # of encoder and decoder; 1e-4 from weights of this teacher and width if no flag gives it
 discriminator_lr = 1e-3      # of the discriminator
 cooldown = 0.5               # share of max_iters over which, at the end, the learning rates fall to 0
 ema_halflife = 10_000        # images after which a weight counts half in the average that is exported; 0 = no average
