@@ -110,8 +110,6 @@ MISTAKES = [  # arguments, what the line must say
     ("--init_from={folder}/others", "not a checkpoint of train.py"), ("--init_from={folder}/hostile", "ckpt.pt"),
     ("--init_from={folder}/mixed/taesd_encoder.pth", "encoder and decoder differ"),
     ("--init_from={folder}/kl-f4", "its class is AutoencoderKL"), ("--max_iters=0", "--init_from=donor for one"),
-    ("--width=16 --init_from={folder}/run", "has 8 channels"), ("--width=32 --init_from=donor", "has 64 channels"),
-    ("--width=16 --init_from={folder}/run/taesd_encoder.pth", "has 8 channels"),
     ("--init_from=resume", "no such file"), ("--out_dir={folder}/run", "--init_from=resume goes on with it"),
     (RESUME + " --width=16", "keeps its width, 8"), (RESUME + " --teacher={folder}/kl-f4", "'factor': 8"),
     (RESUME + " --optimizer=adam", "keeps its optimizer, muon"), (RESUME + " --crop=64", "keeps its crop, 32"),
