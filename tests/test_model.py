@@ -63,11 +63,12 @@ def test_muon_is_that_of_torch():
     assert values.min() > 0.6 and values.max() < 1.3
 
 
-def test_muon_is_for_the_student_s_convolutions_and_d_s_hidden_ones(tmp_path):
+def test_muon_is_for_hidden_layers_and_the_encoder_s_last(tmp_path):
     scope = train(*TINY, "--max_iters=1", f"--out_dir={tmp_path / 'out'}")
     d = scope.discriminator
     for optimizer, networks, edges, n in (
-            (scope.student_optimizer, (scope.encoder, scope.decoder), (), 35 + 35),
+            (scope.student_optimizer, (scope.encoder, scope.decoder),
+             (scope.encoder[0], scope.decoder[1], scope.decoder[-1]), 34 + 33),
             (scope.discriminator_optimizer, (d,), (d.blocks[0], *d.scores), 4)):
         muon, adam = ({id(weight) for group in optimizer.optimizers[name].param_groups for weight in group["params"]}
                       for name in ("muon", "adam"))
