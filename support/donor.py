@@ -51,13 +51,15 @@ class LeastSquares:
 # -----------------------------------------------------------------------------
 # another width
 
+def is_3x3(layer):
+    shape = getattr(layer, "kernel_size", 0), getattr(layer, "padding", 0), getattr(layer, "groups", 0)
+    return isinstance(layer, nn.Conv2d) and shape == ((3, 3), (1, 1), 1)
+
+
 def is_resizable(network):
     """Is it a row of 3x3 convolutions, blocks without GroupNorm branches, and layers without weights?"""
-    def known(layer):
-        if isinstance(layer, nn.Conv2d):
-            return layer.kernel_size == (3, 3) and layer.padding == (1, 1) and layer.groups == 1
-        return layer.pool is None if isinstance(layer, Block) else not parameters(layer)
-    return isinstance(network, nn.Sequential) and all(map(known, network))
+    return isinstance(network, nn.Sequential) and all(
+        layer.pool is None if isinstance(layer, Block) else is_3x3(layer) or not parameters(layer) for layer in network)
 
 
 def widen(new, old):
@@ -112,16 +114,17 @@ def narrow(new, old, inputs, amp):
 def resized(donor, shape, pictures, latents, amp):
     """The donor's networks, {half: network}, with shape["width"] channels. latents: of the pictures, for a decoder
     whose encoder is not there."""
-    new, inputs = {}, list(pictures)
-    for half, build in (("encoder", Encoder), ("decoder", Decoder)):
-        if half in donor:
-            new[half] = build(**shape).to(pictures[0].device, memory_format=torch.channels_last)
-            if parameters(new[half]) > parameters(donor[half]):
-                widen(new[half], donor[half])
-            else:
-                narrow(new[half], donor[half], inputs, amp)
+    new = {half: build(**shape).to(pictures[0].device, memory_format=torch.channels_last)
+           for half, build in (("encoder", Encoder), ("decoder", Decoder)) if half in donor}
+    inputs = {"encoder": pictures, "decoder": latents}
+    if "encoder" in donor:
         with amp:
-            inputs = [donor["encoder"](each).float() for each in pictures] if "encoder" in donor else list(latents)
+            inputs["decoder"] = [donor["encoder"](each).float() for each in pictures]
+    for half, network in new.items():
+        if parameters(network) > parameters(donor[half]):
+            widen(network, donor[half])
+        else:
+            narrow(network, donor[half], inputs[half], amp)
     return new
 
 
@@ -129,8 +132,7 @@ def resized(donor, shape, pictures, latents, amp):
 # another VAE
 
 def solvable(layer):
-    return (isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer.stride == layer.padding == (1, 1)
-            and layer.groups == 1)
+    return is_3x3(layer) and layer.stride == (1, 1)
 
 
 def fits(new, old):

@@ -69,6 +69,8 @@ def test_a_row_is_made_once(tmp_path, capfd):
     assert (again := capfd.readouterr().out).splitlines()[-1] == row and "step 2/2" not in again
     with pytest.raises(SystemExit, match="--rows=l2: must be of track, "):
         tool("study", "--rows=l2")
+    with pytest.raises(SystemExit, match="--seeds=0;1: must be whole numbers"):
+        tool("study", "--seeds=0;1")
 
 
 def test_rows_and_finish_lines():

@@ -27,27 +27,28 @@ out_dir = "study"          # of the runs, as row-seed; one folder for one set of
 # -----------------------------------------------------------------------------
 
 TRACK = "recipes/hour.py"  # TAEF2, plain, 64-pixel crops, batch 16; evaluated on 29 squares of 256 pixels
-TEN = "--max_iters=400 --eval_interval=200 "
-ROWS = {  # name: (minutes of one EPYC core without AMX, flags beside the track's)
-    "track": (175, ""),
-    "hour": (55, "--max_iters=2000"),
-    "default": (11, TEN),
-    "no-features": (11, TEN + "--encoder_feature_weight=0"),
-    "l1": (11, TEN + "--encoder_loss=l1 --encoder_feature_weight=0"),
-    "l1-features": (11, TEN + "--encoder_loss=l1"),
-    "adam": (10, TEN + "--optimizer=adam"),
-    "no-window": (11, TEN + "--window=0"),
-    "no-replay": (11, TEN + "--replay_size=0"),
-    "no-cooldown": (11, TEN + "--cooldown=0"),
-    "no-augmentation": (11, TEN + "--color_augment=0"),
-    "no-mse": (11, TEN + "--mse_weight=0"),
-    "no-lowres": (11, TEN + "--lowres_weight=0"),
-    "no-adversary": (9, TEN + "--adversarial_weight=0"),
-    "midblock_gn": (12, TEN + "--variant=midblock_gn"),
-    "width-16": (10, "--width=16 --max_iters=840 --eval_interval=420"),
-    "width-32": (10, "--width=32 --max_iters=650 --eval_interval=325"),
-    "width-96": (11, "--width=96 --max_iters=200 --eval_interval=100"),
-}
+GROUPS = [  # (minutes of one EPYC core without AMX, flags beside the track's, {row: its own})
+    (175, "", {"track": ""}),
+    (55, "--max_iters=2000", {"hour": ""}),
+    (11, "--max_iters=400 --eval_interval=200", {
+        "default": "", "no-features": "--encoder_feature_weight=0", "l1-features": "--encoder_loss=l1",
+        "l1": "--encoder_loss=l1 --encoder_feature_weight=0"}),
+    (10, "--eval_interval=90", {
+        "width-16": "--width=16 --max_iters=840", "width-32": "--width=32 --max_iters=650",
+        "width-96": "--width=96 --max_iters=180"}),
+    (31, "--max_iters=1100 --eval_interval=220", {"full": "", "full-gn": "--variant=midblock_gn"}),
+    (22, "--crop=48 --width=32 --max_iters=2500 --eval_interval=250", {
+        "half": "", "half-no-augment": "--color_augment=0", "half-no-cooldown": "--cooldown=0",
+        "half-unit": "--adversarial_scaling=unit", "half-gn": "--variant=midblock_gn",
+        "half-judged": "--encoder_adversarial_weight=0.1", "half-late": "--adversarial_start=200",
+        "half-late-no-window": "--adversarial_start=200 --window=0",
+        "half-late-adam": "--adversarial_start=200 --optimizer=adam",
+        "half-late-no-mse": "--adversarial_start=200 --mse_weight=0",
+        "half-late-no-lowres": "--adversarial_start=200 --lowres_weight=0",
+        "half-late-no-replay": "--adversarial_start=200 --replay_size=0",
+        "half-late-strong": "--adversarial_start=200 --adversarial_weight=3"}),
+]
+ROWS = {name: (about, f"{shared} {own}") for about, shared, rows in GROUPS for name, own in rows.items()}
 FIGURES = {"psnr": "PSNR dB", "ssim": "SSIM", "lowres_mse": "low-res MSE", "sharpness": "sharpness",
            "latent_mse": "latent MSE", "teacher_psnr": "teacher's picture, dB", "teacher_lowres_mse": "its low-res MSE"}
 FINISH = {"A": {"psnr": 23.8, "ssim": 0.77, "sharpness": 0.45}, "B": {"psnr": 24.8, "ssim": 0.81, "sharpness": 0.77}}
@@ -90,7 +91,13 @@ def cell(values):
 
 
 def main():
-    wanted, numbers = [name for name in rows.split(",") if name], [int(seed) for seed in seeds.split(",")]
+    wanted, numbers = [name for name in rows.split(",") if name], seeds.split(",")
+    if not all(number.isdigit() for number in numbers):
+        stop(f"--seeds={seeds}: must be whole numbers with commas between, for example 0,1,2")
+    try:
+        shlex.split(flags)
+    except ValueError as error:
+        stop(f"--flags={flags}: cannot be split ({error})")
     for name in wanted:
         if name not in ROWS:
             stop(f"--rows={name}: must be of {', '.join(ROWS)}")
