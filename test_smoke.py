@@ -27,7 +27,7 @@ from support import files
 from teacher import Teacher
 
 HERE = Path(__file__).resolve().parent
-TINY = ["--device=cpu", "--crop=32", "--batch_size=4", "--width=8", "--eval_images=2", "--eval_size=64", "--window=64",
+TINY = ["--device=cpu", "--crop=32", "--batch_size=4", "--width=16", "--eval_images=2", "--eval_size=64", "--window=64",
         "--replay_size=64", "--log_interval=1", "--workers=2"]
 
 
@@ -111,7 +111,7 @@ RATE = 1e-3 * 1 / 3  # of the sixth of six steps: over the last three it falls t
 
 
 def networks_before(stepped):
-    networks = model.Encoder(4, 8, 8), model.Decoder(4, 8, 8), model.Discriminator(4), model.Decoder(4, 8, 8)
+    networks = model.Encoder(4, 8, 16), model.Decoder(4, 8, 16), model.Discriminator(4), model.Decoder(4, 8, 16)
     for network, name in zip(networks, ("encoder", "decoder", "discriminator", "ema_decoder")):
         network.load_state_dict(stepped.before[name])
     return networks

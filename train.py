@@ -76,7 +76,7 @@ l1_weight = 0.0              # L1 of the pixels
 frequency_weight = 0.0       # L1 of the amplitudes of the 2-D Fourier transform
 lpips_weight = 0.0           # perceptual distance, from the lpips package
 # optimizer
-optimizer = "muon"           # muon (Adam for the outer layers and biases); adam (as TAESD's author); adamw (as seraena)
+optimizer = "muon"           # muon (Adam for biases and D's outer layers); adam (as TAESD's author); adamw (as seraena)
 learning_rate = 1e-3         # of encoder and decoder; 1e-4 from weights of this teacher and width if no flag gives it
 discriminator_lr = 1e-3      # of the discriminator
 cooldown = 0.5               # share of max_iters over which, at the end, the learning rates fall to 0
@@ -129,14 +129,14 @@ networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminat
 for network in networks.values():
     network.to(device, memory_format=torch.channels_last)
 
-# Muon for weights of hidden layers, and of the encoder's last, which by Adam is slow to learn colours of wide areas:
-# all convolutions but the encoder's first, the decoder's first and last, D's first and those of its scores, 1x1
+# Muon for all convolutions of the student, and D's but the first and those of its scores, 1x1: the layers next to
+# latents and images learn too slowly by this Adam, colours above all
 if optimizer == "adamw":
     adam = discriminator_adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99))
 else:
     adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.9), amsgrad=True)  # taesd issue 11
     discriminator_adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.99))
-by_muon = convolutions(encoder)[1:] + convolutions(decoder)[1:-1] if optimizer == "muon" else []
+by_muon = convolutions(encoder) + convolutions(decoder) if optimizer == "muon" else []
 student_optimizer = optimizer_of([*encoder.parameters(), *decoder.parameters()], by_muon, adam, dtype)
 by_muon = [weight for weight in convolutions(discriminator)[1:] if weight.shape[-1] > 1 and optimizer == "muon"]
 discriminator_optimizer = optimizer_of([*discriminator.parameters()], by_muon, discriminator_adam, dtype)

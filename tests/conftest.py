@@ -78,7 +78,7 @@ def first_step(out_dir, monkeypatch, *flags, steps=1):
         patch.setattr(model.Discriminator, "forward", recorded)
         after = train(*TINY, "--dtype=float32", f"--max_iters={steps}", f"--out_dir={out_dir}", *flags)
     torch.manual_seed(0)
-    before = model.Encoder(4, 8, 8), model.Decoder(4, 8, 8), model.Discriminator(4)
+    before = model.Encoder(4, 8, 16), model.Decoder(4, 8, 16), model.Discriminator(4)
     terms = [line for line in records(out_dir) if "data_wait" in line][-1]
     return types.SimpleNamespace(after=after, before=before, seen=seen, terms=terms)
 

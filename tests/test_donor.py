@@ -190,14 +190,14 @@ def test_a_donor_of_another_width(tiny_run, tmp_path, capsys):
         output = capsys.readouterr().out
         assert f"8 channels made {width}" in output and "encoder R2" in output and scope.learning_rate == 1e-3
         assert load(tmp_path / str(width) / "ckpt.pt")["shape"]["width"] == width
-    scope = train(*START, "--width=16", f"--init_from={tiny_run.out}", f"--out_dir={tmp_path / 'same'}")
-    assert "8 channels made 16" in (output := capsys.readouterr().out) and "R2" not in output  # of the same teacher
+    scope = train(*START, "--width=24", f"--init_from={tiny_run.out}", f"--out_dir={tmp_path / 'same'}")
+    assert "16 channels made 24" in (output := capsys.readouterr().out) and "R2" not in output  # of the same teacher
     assert scope.learning_rate == 1e-3 and scope.progress.images_averaged == 0
     decoder = tmp_path / "taesd_decoder.pth"  # alone; it is taken for one of this teacher
     shutil.copy(tiny_run.out / "taesd_decoder.pth", decoder)
-    for width in 4, 16:
+    for width in 8, 24:
         train(*START, f"--width={width}", f"--init_from={decoder}", f"--out_dir={tmp_path / f'alone-{width}'}")
-        assert f"8 channels made {width}" in (output := capsys.readouterr().out) and "R2" not in output
+        assert f"16 channels made {width}" in (output := capsys.readouterr().out) and "R2" not in output
         assert load(tmp_path / f"alone-{width}" / "ckpt.pt")["ready"] == ["decoder"]
     old, new = (files.student(files.load_student(str(path))) for path in (tiny_run.out, tmp_path / "same"))
     image, latent = torch.rand(1, 3, 32, 32), torch.randn(1, 4, 4, 4)

@@ -25,7 +25,7 @@ def run_dry(tmp_path, monkeypatch):
 
 
 def test_the_loop_stays_on_its_device_and_does_not_wait(run_dry):
-    weights = 4 * (2 * 19764 + 1281445)  # width 8; pool 256 and replay 64 of 32x32 pixels and their latents
+    weights = 4 * (2 * 77540 + 1281445)  # width 16; pool 256 and replay 64 of 32x32 pixels and their latents
     assert run_dry() > 3 * weights + (256 + 64) * (3 * 32 * 32 + 2 * 4 * 4 * 4)
     run_dry("", "", "--encoder_adversarial_weight=0.1", "--adversarial_scaling=unit", "--frequency_weight=1")
 

@@ -71,7 +71,7 @@ def mistaken(places):
     shutil.copy(tiny.out / "taesd_encoder.pth", places / "nameless.pth")
     (places / "half.pth").write_bytes((tiny.out / "taesd_encoder.pth").read_bytes()[:5000])
     shutil.copy(tiny.out / "taesd_decoder.pth", places / "mixed" / "taesd_decoder.pth")
-    export.save_taesd(str(places / "mixed" / "taesd_encoder.pth"), Encoder(width=16))
+    export.save_taesd(str(places / "mixed" / "taesd_encoder.pth"), Encoder(width=8))
     return places
 
 
@@ -111,7 +111,7 @@ MISTAKES = [  # arguments, what the line must say
     ("--init_from={folder}/mixed/taesd_encoder.pth", "encoder and decoder differ"),
     ("--init_from={folder}/kl-f4", "its class is AutoencoderKL"), ("--max_iters=0", "--init_from=donor for one"),
     ("--init_from=resume", "no such file"), ("--out_dir={folder}/run", "--init_from=resume goes on with it"),
-    (RESUME + " --width=16", "keeps its width, 8"), (RESUME + " --teacher={folder}/kl-f4", "'factor': 8"),
+    (RESUME + " --width=8", "keeps its width, 16"), (RESUME + " --teacher={folder}/kl-f4", "'factor': 8"),
     (RESUME + " --optimizer=adam", "keeps its optimizer, muon"), (RESUME + " --crop=64", "keeps its crop, 32"),
     (RESUME.replace("/run", "/older"), "another version, it lacks replay")]
 

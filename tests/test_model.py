@@ -63,12 +63,11 @@ def test_muon_is_that_of_torch():
     assert values.min() > 0.6 and values.max() < 1.3
 
 
-def test_muon_is_for_hidden_layers_and_the_encoder_s_last(tmp_path):
+def test_muon_is_for_the_student_s_convolutions_and_d_s_hidden_ones(tmp_path):
     scope = train(*TINY, "--max_iters=1", f"--out_dir={tmp_path / 'out'}")
     d = scope.discriminator
     for optimizer, networks, edges, n in (
-            (scope.student_optimizer, (scope.encoder, scope.decoder),
-             (scope.encoder[0], scope.decoder[1], scope.decoder[-1]), 34 + 33),
+            (scope.student_optimizer, (scope.encoder, scope.decoder), (), 35 + 35),
             (scope.discriminator_optimizer, (d,), (d.blocks[0], *d.scores), 4)):
         muon, adam = ({id(weight) for group in optimizer.optimizers[name].param_groups for weight in group["params"]}
                       for name in ("muon", "adam"))
@@ -121,7 +120,7 @@ def test_float16(tmp_path, monkeypatch):
         assert {int(state["step"]) for state in adam.state.values()} == {steps.count(optimizer)}
         assert len(muon.state) == len(muon.param_groups[0]["params"])
     torch.manual_seed(0)
-    for name, network in (("encoder", model.Encoder(4, 8, 8)), ("decoder", model.Decoder(4, 8, 8))):
+    for name, network in (("encoder", model.Encoder(4, 8, 16)), ("decoder", model.Decoder(4, 8, 16))):
         assert all(not torch.equal(a, b) for a, b in zip(getattr(scope, name).parameters(), network.parameters())), name
     lines = records(tmp_path / "out")
     assert lines[0]["dtype"] == "torch.float16" and lines[-1]["step"] == 8

@@ -41,7 +41,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
         for name, weight in one[network].items():
             torch.testing.assert_close(two[network][name], weight, atol=1e-6, rtol=0)  # Muon rounds
     torch.manual_seed(0)
-    for half, start_of in (("encoder", model.Encoder(4, 8, 8)), ("decoder", model.Decoder(4, 8, 8))):
+    for half, start_of in (("encoder", model.Encoder(4, 8, 16)), ("decoder", model.Decoder(4, 8, 16))):
         for name, weight in start_of.state_dict().items():  # the averages have moved with the weights
             assert (one[f"ema_{half}"][name] - weight).abs().max() > 1e-4, name
 

@@ -179,7 +179,7 @@ def test_recipe(recipe, tmp_path, fake_lpips):
     flags = [*TINY, "--crop=16", "--batch_size=2", "--window=0", "--max_iters=3", "--replay_size=8", "--teacher=toy",
              "--adversarial_start=1", f"--out_dir={tmp_path / 'out'}"]
     if values.get("init_from") == "donor":  # which has a width of its own
-        flags.remove("--width=8")
+        flags.remove("--width=16")
     if not late:  # refused where no pixel loss has a weight
         flags.remove("--adversarial_start=1")
     train(HERE / "recipes" / f"{recipe}.py", *flags)

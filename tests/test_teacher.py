@@ -118,7 +118,7 @@ def test_every_family_of_vaes(name, tmp_path):
         train(*TINY, f"--teacher={tmp_path / name}", "--max_iters=2", f"--out_dir={tmp_path / 'out'}")
     assert records(tmp_path / "out")[-1]["images_seen"] == 8
     _, shape = files.load_taesd(tmp_path / "out" / "taesd_decoder.pth")
-    assert shape == dict(latent_channels=channels, factor=factor, width=8, variant=variant)
+    assert shape == dict(latent_channels=channels, factor=factor, width=16, variant=variant)
     assert (tmp_path / "out" / "diffusers").is_dir() == (variant == "plain")
 
 

@@ -118,7 +118,8 @@ def times_by_part(o):
             (outputs[0] - outputs[1]).float().square().mean().backward()
         pulled, encoded = (x.clone().requires_grad_() for x in (image, latent))  # through them the students learn
         features = copy.deepcopy(decoder[:6]).requires_grad_(False)
-        by_muon = [weight for each in networks for weight in convolutions(each)[1:] if weight.shape[-1] > 1]
+        by_muon = [weight for each in networks for weight in convolutions(each)[each is discriminator:]
+                   if weight.shape[-1] > 1]
         optimizer = optimizer_of([weight for each in networks for weight in each.parameters()], by_muon,
                                  torch.optim.Adam, dtype)
         found = {"teacher": milliseconds(lambda: vae.encode(squares)) * batch_size / 2 / (n * (square // crop)**2),
