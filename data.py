@@ -122,6 +122,11 @@ def to_tensor(squares):
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
 
+def cut(squares, n):
+    """Cut [N,C,H,W] into n rows of n tiles each: [N*n*n,C,H/n,W/n]."""
+    return squares.unflatten(3, (n, -1)).unflatten(2, (n, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
 def batches(images, size, n, color_augment, seed, workers, start=0, pin=False, rank=0, ranks=1):
     """Endless generator of `images.batch` for k = start, start+1, ..., made ahead of time by `workers` threads; pin: in
     pinned memory, from which a GPU copies while it computes. Of `ranks` processes, each has its own, dealt in turn.

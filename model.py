@@ -77,7 +77,8 @@ def Decoder(latent_channels=4, factor=8, width=64, variant="plain"):
 
 
 class Discriminator(nn.Module):
-    """Is this patch real, given its latent? Images [N,3,H,W], latents [N,C,h,w] -> scores [N,5,h,w]: real +1, fake -1.
+    """Is this patch real, given its latent? Images [N,3,H,W], latents [N,C,h,w] -> scores [N,5,h,w]: real +1, fake -1;
+    and its five layers' activations, a list of [N,c,H',W'].
 
     The image and the enlarged latent go in together; a 1x1 convolution reads a score at each of five depths, pooled to
     the latent's size. No normalisation: it lets D judge a batch by its statistics, and colours drift.
@@ -99,11 +100,12 @@ class Discriminator(nn.Module):
 
     def forward(self, image, latent):
         x = torch.cat([image * 2 - 1, F.interpolate(latent, image.shape[-2:])], 1)
-        scores = []
+        scores, activations = [], []
         for block, score in zip(self.blocks, self.scores):
             x = F.leaky_relu(block(x), 0.2)
+            activations.append(x)
             scores.append(F.adaptive_avg_pool2d(score(x), latent.shape[-2:]))
-        return torch.cat(scores, 1)
+        return torch.cat(scores, 1).float(), activations
 
 
 def stages(factor):

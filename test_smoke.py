@@ -152,7 +152,8 @@ def test_what_the_discriminator_is_shown(stepped):
 def test_the_step_of_the_discriminator(stepped):
     _, _, discriminator, _ = networks_before(stepped)
     (real, latent), (fakes, fakes_latent), *_ = stepped.seen
-    loss = ((discriminator(real, latent) - 1) ** 2).mean() + ((discriminator(fakes, fakes_latent) + 1) ** 2).mean()
+    (real_scores, _), (scores, _) = discriminator(real, latent), discriminator(fakes, fakes_latent)
+    loss = ((real_scores - 1) ** 2).mean() + ((scores + 1) ** 2).mean()
     step_by_hand(discriminator.parameters(), loss, stepped.before["discriminator_optimizer"], betas=(0.5, 0.99))
     assert stepped.terms["discriminator"] == pytest.approx(loss.item(), rel=1e-4)
     assert_same(stepped.after.discriminator, discriminator)
@@ -164,9 +165,11 @@ def test_the_step_of_encoder_and_decoder(stepped):
     encoder, decoder, _, averaged = networks_before(stepped)
     (real, latent), *_ = stepped.seen
     discriminator, fake = copy.deepcopy(stepped.after.discriminator), decoder(latent)  # D has made its step
+    (real_scores, seen), (scores, fake_seen) = discriminator(real, latent), discriminator(fake, latent)
     terms = {"encoder": ((encoder(real) - latent) ** 2).mean(), "mse": ((fake - real) ** 2).mean(),
              "encoder_feature": (averaged[:6](encoder(real)) - averaged[:6](latent)).abs().mean(),  # to its third block
-             "adversarial": ((discriminator(fake, latent) - discriminator(real, latent)) ** 2).mean(),
+             "adversarial": ((scores - real_scores) ** 2).mean(),
+             "matching": sum((b - a).abs().sum() / a.abs().sum() for a, b in zip(seen, fake_seen, strict=True)) / 5,
              "lowres_mse": ((fake - real).unflatten(3, (4, 8)).unflatten(2, (4, 8)).mean((3, 5)) ** 2).mean()}
     loss = sum(terms.values()) + 9 * terms["mse"] + 9 * terms["lowres_mse"]
     step_by_hand([*encoder.parameters(), *decoder.parameters()], loss, stepped.before["student_optimizer"],

@@ -26,7 +26,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from data import Images, batches
+from data import Images, batches, cut
 from model import Decoder, Discriminator, Encoder, convolutions, optimizer_of
 from recipes import published
 from sample import HeldOut
@@ -61,6 +61,7 @@ train_encoder = True         # false = leave the encoder as init_from has it, or
 train_decoder = True         # false = leave the decoder as init_from has it, or as it was solved
 # losses: the weight of each term; 0 = off, and not computed
 adversarial_weight = 1.0     # D must not tell the fake from the real image
+matching_weight = 1.0        # L1 of D's activations for the fake and for the real image, where D is at work
 lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours
 mse_weight = 10.0            # MSE of the pixels
 replay_size = 4096           # old fakes kept for D, half of those it sees, as bytes on the device; 0 = only fresh fakes
@@ -104,9 +105,8 @@ machine = {"device": device, "dtype": dtype, "compile": compile}
 explain_out_of_memory(settings)
 batch_size //= RANKS  # of this process; RANKS is 1, unless torchrun started more
 progress = Progress(  # what a checkpoint keeps beside weights and memories
-    step=0, images_seen=0, images_averaged=0, batches_read=0, origin=init_from,
-    due=0.0,     # crops that the pool still wants
-    figures={},  # of the last evaluation
+    step=0, images_seen=0, images_averaged=0, batches_read=0, figures={}, origin=init_from,
+    due=0.0,  # crops that the pool still wants
     ready=[half for half in ("encoder", "decoder") if settings[f"train_{half}"]])  # to be exported: the other is noise
 
 # -----------------------------------------------------------------------------
@@ -171,13 +171,18 @@ def adversarial_loss(real_scores, fake_scores):
     return (fake_scores - real_scores).square().mean()
 
 
+def matching_loss(real_activations, fake_activations):
+    """What the decoder minimises, too: a fake and its real image look alike to D, layer by layer (pix2pixHD)."""
+    return sum(F.l1_loss(fake.float(), real.float()) / real.float().abs().mean()
+               for real, fake in zip(real_activations, fake_activations)) / len(real_activations)
+
+
 def lowres_mse(fake, real):
     """MSE of the mean colours of 8x8 patches."""
     return F.mse_loss(F.avg_pool2d(fake, 8), F.avg_pool2d(real, 8))
 
 
-if adversarial_form != "squares":
-    discriminator_loss, adversarial_loss = published.FORMS[adversarial_form]
+discriminator_loss, adversarial_loss = published.FORMS.get(adversarial_form, (discriminator_loss, adversarial_loss))
 pixel_losses = {  # name: (weight, distance of fake and real)
     "mse": (mse_weight, F.mse_loss),
     "lowres_mse": (lowres_weight, lowres_mse),
@@ -191,9 +196,9 @@ features = ema_decoder[:6] if encoder_feature_weight > 0 else torch.nn.Identity(
 
 
 def judge(*pairs):
-    """D's scores of each (image, latent)."""
+    """D's scores of each (image, latent), and its activations."""
     with amp:
-        return [discriminator(image, latent).float() for image, latent in pairs]
+        return list(zip(*(discriminator(image, latent) for image, latent in pairs)))
 
 
 # -----------------------------------------------------------------------------
@@ -239,11 +244,6 @@ pool = Memory(max(64 * batch_size, 16 * windows * across**2), *pair_shapes)  # s
 replay = Memory(replay_size // RANKS if train_decoder and adversarial_weight > 0 else 0, *pair_shapes)
 
 
-def cut(squares, n):
-    """Cut [N,C,H,W] into n rows of n tiles each: [N*n*n,C,H/n,W/n]."""
-    return squares.unflatten(3, (n, -1)).unflatten(2, (n, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-
-
 def get_batch():
     """Real images and the teacher's latents, from the pool, which takes in two batches a step until it is full."""
     progress.due += batch_size / echo if pool.filled == len(pool.images) else 2 * batch_size
@@ -260,8 +260,6 @@ def get_batch():
 
 def half_old(fakes, latents):
     """Remember a batch of fakes, so that D does not forget what it once caught; give half of it back, and half old."""
-    if not len(replay.images):
-        return fakes, latents
     replay.push(fakes, latents)
     old_fakes, old_latents = replay.draw(len(fakes) // 2)
     return torch.cat([old_fakes, fakes[len(old_fakes):]]), torch.cat([old_latents, latents[len(old_fakes):]])
@@ -338,19 +336,21 @@ while not last:
         fakes = [half_old(fake.detach(), latent)]
         if encoder_adversarial_weight > 0:  # a real image with the student's latent is a fake, too
             fakes.append((real, encoded.detach()))
-        real_scores, *scores = judge((real, latent), *fakes)
+        (real_scores, *scores), _ = judge((real, latent), *fakes)
         terms["discriminator"] = sum(discriminator_loss(real_scores, fake_scores) for fake_scores in scores)
         descend(discriminator_optimizer, terms["discriminator"], discriminator_lr)
 
         # decoder: its fakes cannot be told from the real images by the D that has just learned
         discriminator.requires_grad_(False)
-        real_scores, fake_scores = judge((real, latent), (fake, latent))
+        (real_scores, fake_scores), activations = judge((real, latent), (fake, latent))
         pull = terms["adversarial"] = adversarial_loss(real_scores, fake_scores)
-        if adversarial_scaling != "none":
-            pull = published.SCALINGS[adversarial_scaling](pull, fake, loss, decoder[-1].weight, scaler)
+        pull = published.SCALINGS[adversarial_scaling](pull, fake, loss, decoder[-1].weight, scaler)
         loss = loss + adversarial_weight * pull
+        if matching_weight > 0:
+            terms["matching"] = matching_loss(*activations)
+            loss = loss + matching_weight * terms["matching"]
         if encoder_adversarial_weight > 0:
-            terms["encoder_adversarial"] = adversarial_loss(real_scores, *judge((real, encoded)))
+            terms["encoder_adversarial"] = adversarial_loss(real_scores, *judge((real, encoded))[0])
             loss = loss + encoder_adversarial_weight * terms["encoder_adversarial"]
         discriminator.requires_grad_(True)
 

@@ -56,4 +56,4 @@ def adaptive(adversarial, fake, loss, layer, scaler):
     return adversarial * (gradient / (of_adversarial + little)).clamp(0, 1e4).detach()
 
 
-SCALINGS = {"unit": unit_gradient, "adaptive": adaptive}
+SCALINGS = {"none": lambda adversarial, *_: adversarial, "unit": unit_gradient, "adaptive": adaptive}

@@ -71,9 +71,9 @@ def first_step(out_dir, monkeypatch, *flags, steps=1):
     seen, forward = [], model.Discriminator.forward
 
     def recorded(self, image, latent):
-        scores = forward(self, image, latent)
+        scores, activations = forward(self, image, latent)
         seen.append((image.detach().clone(), latent.detach().clone(), scores.detach().clone()))
-        return scores
+        return scores, activations
     with monkeypatch.context() as patch:
         patch.setattr(model.Discriminator, "forward", recorded)
         after = train(*TINY, "--dtype=float32", f"--max_iters={steps}", f"--out_dir={out_dir}", *flags)

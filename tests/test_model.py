@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import data
 import model
 from test_smoke import TINY, records, train
 
@@ -13,7 +14,9 @@ def test_networks():
         latent = model.Encoder(5, factor, 8, variant)(image)
         assert latent.shape == (2, 5, 64 // factor, 64 // factor)
         assert model.Decoder(5, factor, 8, variant)(latent).shape == image.shape
-        assert model.Discriminator(5)(image, latent).shape == (2, 5, *latent.shape[2:])
+        scores, activations = model.Discriminator(5)(image, latent)
+        assert scores.shape == (2, 5, *latent.shape[2:])
+        assert [layer.shape[1] for layer in activations] == [32, 64, 128, 256, 256]
     with pytest.raises(ValueError, match="power of two"):
         model.Encoder(factor=12)
 
@@ -178,6 +181,6 @@ def test_a_memory_fills_up_though_no_batch_fits(n, stepped):
 
 def test_windows_are_cut_in_their_place(stepped):
     squares, latents = torch.rand(2, 3, 32, 32), torch.rand(2, 5, 4, 4)
-    crops, parts = stepped.after.cut(squares, 2), stepped.after.cut(latents, 2)
+    crops, parts = data.cut(squares, 2), data.cut(latents, 2)
     assert torch.equal(crops[5], squares[1, :, :16, 16:]) and torch.equal(parts[5], latents[1, :, :2, 2:])
-    assert torch.equal(stepped.after.cut(squares, 1), squares)
+    assert torch.equal(data.cut(squares, 1), squares)

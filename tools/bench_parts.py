@@ -112,10 +112,10 @@ def times_by_part(o):
                 output = network(*inputs)
             output.float().square().mean().backward()
 
-        def pull(network, of_teacher, of_student):
+        def pull(network, of_teacher, of_student):  # a network of several outputs
             with amp:
-                outputs = network(*of_teacher), network(*of_student)
-            (outputs[0] - outputs[1]).float().square().mean().backward()
+                pairs = zip(network(*of_teacher), network(*of_student))
+            sum((a.float() - b.float()).abs().mean() for a, b in pairs).backward()
         pulled, encoded = (x.clone().requires_grad_() for x in (image, latent))  # through them the students learn
         features = copy.deepcopy(decoder[:6]).requires_grad_(False)
         by_muon = [weight for each in networks for weight in convolutions(each)[each is discriminator:]
@@ -124,11 +124,11 @@ def times_by_part(o):
                                  torch.optim.Adam, dtype)
         found = {"teacher": milliseconds(lambda: vae.encode(squares)) * batch_size / 2 / (n * (square // crop)**2),
                  "encoder": milliseconds(lambda: learn(encoder, image)),
-                 "features": milliseconds(lambda: pull(features, (latent,), (encoded,))),
+                 "features": milliseconds(lambda: pull(lambda z: [features(z)], (latent,), (encoded,))),
                  "decoder": milliseconds(lambda: learn(decoder, latent)),
-                 "D learns": 2 * milliseconds(lambda: learn(discriminator, image, latent)),
-                 "D judges": milliseconds(lambda: pull(discriminator.requires_grad_(False), (image, latent),
-                                                       (pulled, latent)))}
+                 "D learns": 2 * milliseconds(lambda: learn(lambda *pair: discriminator(*pair)[0], image, latent)),
+                 "D judges": milliseconds(lambda: pull(lambda *pair: discriminator.requires_grad_(False)(*pair)[1],
+                                                       (image, latent), (pulled, latent)))}
         discriminator.requires_grad_(True)
         found["optimizers"] = milliseconds(optimizer.step)
         found["data, one thread"] = milliseconds(lambda: images.batch(square, n, 0, [0, 0])) * batch_size / 2 / (
