@@ -240,7 +240,7 @@ class Memory:
 pair_shapes = (3, crop, crop), (vae.latent_channels, crop // vae.factor, crop // vae.factor)
 across = max(1, window // crop)  # crops side by side in a window
 windows = max(1, round(batch_size / echo / across**2))  # read at once
-pool = Memory(max(64 * batch_size, 16 * windows * across**2), *pair_shapes)  # so large that crops of many images mix
+pool = Memory(max(64 * batch_size, 64 * windows * across**2), *pair_shapes)  # so large that crops of many images mix
 replay = Memory(replay_size // RANKS if train_decoder and adversarial_weight > 0 else 0, *pair_shapes)
 
 
