@@ -171,7 +171,7 @@ def test_the_step_of_encoder_and_decoder(stepped):
              "adversarial": ((scores - real_scores) ** 2).mean(),
              "matching": sum((b - a).abs().sum() / a.abs().sum() for a, b in zip(seen, fake_seen, strict=True)) / 5,
              "lowres_mse": ((fake - real).unflatten(3, (4, 8)).unflatten(2, (4, 8)).mean((3, 5)) ** 2).mean()}
-    loss = sum(terms.values()) + 9 * terms["mse"] + 9 * terms["lowres_mse"] + 2 * terms["matching"]
+    loss = sum(terms.values()) + 9 * terms["mse"] + 9 * terms["lowres_mse"] + 4 * terms["matching"]
     step_by_hand([*encoder.parameters(), *decoder.parameters()], loss, stepped.before["student_optimizer"],
                  betas=(0.9, 0.9), amsgrad=True)
     for name, value in terms.items():

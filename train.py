@@ -61,7 +61,7 @@ train_encoder = True         # false = leave the encoder as init_from has it, or
 train_decoder = True         # false = leave the decoder as init_from has it, or as it was solved
 # losses: the weight of each term; 0 = off, and not computed
 adversarial_weight = 1.0     # D must not tell the fake from the real image
-matching_weight = 3.0        # L1 of D's activations for the fake and for the real image, where D is at work
+matching_weight = 5.0        # L1 of D's activations for the fake and for the real image, where D is at work
 lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours
 mse_weight = 10.0            # MSE of the pixels
 replay_size = 4096           # old fakes kept for D, half of those it sees, as bytes on the device; 0 = only fresh fakes
