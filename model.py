@@ -105,7 +105,7 @@ class Discriminator(nn.Module):
             x = F.leaky_relu(block(x), 0.2)
             activations.append(x)
             scores.append(F.adaptive_avg_pool2d(score(x), latent.shape[-2:]))
-        return torch.cat(scores, 1).float(), activations
+        return torch.cat(scores, 1), activations
 
 
 def stages(factor):
@@ -197,7 +197,7 @@ class Together:
 def optimizer_of(parameters, by_muon, adam, dtype):
     """Muon, computing in dtype, for the weights in `by_muon`; for all others `adam`, called with the list of them."""
     others = [weight for weight in parameters if not any(weight is one for one in by_muon)]
-    optimizers = {"adam": adam(others, fused=others[0].device.type != "mps")}
+    optimizers = {"adam": adam(others, fused=others[0].device.type != "mps")} if others else {}
     if by_muon:
         optimizers["muon"] = Muon(by_muon, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     return Together(**optimizers)

@@ -226,7 +226,8 @@ def test_ramp(stepped, monkeypatch):
 def test_training_learns_and_leaves_everything(tiny_run):
     first, *_, last = [line for line in records(tiny_run.out) if "val_psnr" in line]
     assert last["val_psnr"] > first["val_psnr"] and last["val_latent_mse"] < first["val_latent_mse"]
-    assert {"encoder", "mse", "lowres_mse", "discriminator", "adversarial"} <= records(tiny_run.out)[-2].keys()
+    terms = {"encoder", "mse", "lowres_mse", "discriminator", "adversarial", "matching"}
+    assert terms <= records(tiny_run.out)[-2].keys()
     assert set(os.listdir(tiny_run.out)) == {"ckpt.pt", "ckpt_previous.pt", "curves.png", "diffusers", "log.jsonl",
                                              "samples", "taesd_decoder.pth", "taesd_encoder.pth"}
     assert sorted(os.listdir(tiny_run.out / "samples"))[:3] == ["0000040.png", "0000080.png", "0000120.png"]

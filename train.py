@@ -61,7 +61,7 @@ train_encoder = True         # false = leave the encoder as init_from has it, or
 train_decoder = True         # false = leave the decoder as init_from has it, or as it was solved
 # losses: the weight of each term; 0 = off, and not computed
 adversarial_weight = 1.0     # D must not tell the fake from the real image
-matching_weight = 5.0        # L1 of D's activations for the fake and for the real image, where D is at work
+matching_weight = 5.0        # L1 of D's activations for fake and real, over their mean size; with adversarial_weight
 lowres_weight = 10.0         # MSE of 8x8-pooled images, which holds the colours
 mse_weight = 10.0            # MSE of the pixels
 replay_size = 4096           # old fakes kept for D, half of those it sees, as bytes on the device; 0 = only fresh fakes
@@ -105,8 +105,7 @@ machine = {"device": device, "dtype": dtype, "compile": compile}
 explain_out_of_memory(settings)
 batch_size //= RANKS  # of this process; RANKS is 1, unless torchrun started more
 progress = Progress(  # what a checkpoint keeps beside weights and memories
-    step=0, images_seen=0, images_averaged=0, batches_read=0, figures={}, origin=init_from,
-    due=0.0,  # crops that the pool still wants
+    step=0, images_seen=0, images_averaged=0, batches_read=0, due=0.0, figures={}, origin=init_from,
     ready=[half for half in ("encoder", "decoder") if settings[f"train_{half}"]])  # to be exported: the other is noise
 
 # -----------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def adversarial_loss(real_scores, fake_scores):
 
 def matching_loss(real_activations, fake_activations):
     """What the decoder minimises, too: a fake and its real image look alike to D, layer by layer (pix2pixHD)."""
-    return sum(F.l1_loss(fake.movedim(1, 3), real.movedim(1, 3)).float() / real.abs().mean()  # in their memory's order
+    return sum(F.l1_loss(fake.movedim(1, 3), real.movedim(1, 3)).float() / real.abs().mean()  # in memory's order
                for real, fake in zip(real_activations, fake_activations)) / len(real_activations)
 
 
@@ -184,10 +183,8 @@ def lowres_mse(fake, real):
 
 discriminator_loss, adversarial_loss = published.FORMS.get(adversarial_form, (discriminator_loss, adversarial_loss))
 pixel_losses = {  # name: (weight, distance of fake and real)
-    "mse": (mse_weight, F.mse_loss),
-    "lowres_mse": (lowres_weight, lowres_mse),
-    "l1": (l1_weight, F.l1_loss),
-    "frequency": (frequency_weight, published.frequency_l1),
+    "mse": (mse_weight, F.mse_loss), "lowres_mse": (lowres_weight, lowres_mse),
+    "l1": (l1_weight, F.l1_loss), "frequency": (frequency_weight, published.frequency_l1),
     "lpips": (lpips_weight, published.lpips(device) if lpips_weight > 0 and train_decoder else None),
 }
 check_losses(settings, pixel_losses)
@@ -198,7 +195,8 @@ features = ema_decoder[:6] if encoder_feature_weight > 0 else torch.nn.Identity(
 def judge(*pairs):
     """D's scores of each (image, latent), and its activations."""
     with amp:
-        return list(zip(*(discriminator(image, latent) for image, latent in pairs)))
+        scores, activations = zip(*(discriminator(image, latent) for image, latent in pairs))
+    return [each.float() for each in scores], activations
 
 
 # -----------------------------------------------------------------------------
@@ -293,7 +291,7 @@ def evaluate():
 if compile:  # when first called, each for its one shape; `.forward`: Module.compile does not see through a Sequential
     for network in (encoder, decoder, discriminator, features, *([] if vae.video else [vae.vae.encoder])):
         network.forward = torch.compile(network.forward, dynamic=False)
-    torch._functorch.config.donated_buffer = adversarial_scaling != "adaptive"  # which goes through a graph twice
+    torch._functorch.config.donated_buffer = adversarial_scaling == "none"  # others go through a graph twice
 if init_from not in ("scratch", "resume"):
     evaluate()  # how good are the weights that it starts from?
     save_run(settings, shape, parts, progress, held_out)
@@ -336,7 +334,7 @@ while not last:
         fakes = [half_old(fake.detach(), latent)]
         if encoder_adversarial_weight > 0:  # a real image with the student's latent is a fake, too
             fakes.append((real, encoded.detach()))
-        (real_scores, *scores), _ = judge((real, latent), *fakes)
+        real_scores, *scores = judge((real, latent), *fakes)[0]
         terms["discriminator"] = sum(discriminator_loss(real_scores, fake_scores) for fake_scores in scores)
         descend(discriminator_optimizer, terms["discriminator"], discriminator_lr)
 
@@ -344,11 +342,13 @@ while not last:
         discriminator.requires_grad_(False)
         (real_scores, fake_scores), activations = judge((real, latent), (fake, latent))
         pull = terms["adversarial"] = adversarial_loss(real_scores, fake_scores)
-        pull = published.SCALINGS[adversarial_scaling](pull, fake, loss, decoder[-1].weight, scaler)
+        if adversarial_scaling != "none":
+            pull = published.SCALINGS[adversarial_scaling](pull, fake, loss, decoder[-1].weight, scaler)
         loss = loss + adversarial_weight * pull
         if matching_weight > 0:
             terms["matching"] = matching_loss(*activations)
             loss = loss + matching_weight * terms["matching"]
+        del activations  # real's are of no more use: frees their memory
         if encoder_adversarial_weight > 0:
             terms["encoder_adversarial"] = adversarial_loss(real_scores, *judge((real, encoded))[0])
             loss = loss + encoder_adversarial_weight * terms["encoder_adversarial"]

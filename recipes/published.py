@@ -43,7 +43,7 @@ def lpips(device):
 def unit_gradient(adversarial, fake, loss, layer, scaler):
     """A stand-in for the adversarial loss: its gradient on the fakes has a standard deviation of 1 / fake.numel() over
     the batch, so it can neither vanish nor explode (seraena)."""
-    gradient = torch.autograd.grad(scaler.scale(adversarial), fake)[0]
+    gradient = torch.autograd.grad(scaler.scale(adversarial), fake, retain_graph=True)[0]  # matching needs it, too
     return (fake * gradient / (gradient.std() + 1e-12)).mean()
 
 
@@ -56,4 +56,4 @@ def adaptive(adversarial, fake, loss, layer, scaler):
     return adversarial * (gradient / (of_adversarial + little)).clamp(0, 1e4).detach()
 
 
-SCALINGS = {"none": lambda adversarial, *_: adversarial, "unit": unit_gradient, "adaptive": adaptive}
+SCALINGS = {"unit": unit_gradient, "adaptive": adaptive}

@@ -3,8 +3,8 @@
 All hold the same weights. Each has its share of the batch, and crops, old fakes and random numbers of its own; before
 every step of an optimizer gradients are averaged. The first process alone measures, writes and prints.
 
-What a loss takes of a whole batch, as adversarial_scaling does, is of a process's share. After Ctrl-C torchrun gives
-them 30 seconds to save; TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 gives more.
+What a loss takes of a whole batch, as adversarial_scaling and matching_loss do, is of a process's share. After Ctrl-C
+torchrun gives them 30 seconds to save; TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 gives more.
 """
 import atexit
 import datetime

@@ -27,6 +27,8 @@ def introduce(settings, images, vae, networks, memories, machine):
     """Print what this run is, and what it takes."""
     s = SimpleNamespace(**settings)
     weights = {name: value for name, value in settings.items() if name.endswith("_weight") and value}
+    if not s.adversarial_weight:
+        weights.pop("matching_weight", None)
     sizes = ", ".join(f"{name} {parameters(networks[name]):,}" for name in ("encoder", "decoder", "discriminator"))
     print(f"machine   {machine['device']}, {machine['dtype']}, compile {'on' if machine['compile'] else 'off'}, "
           f"torch {torch.__version__}" + f", {RANKS} processes" * (RANKS > 1))
@@ -178,8 +180,9 @@ def peak_memory_mb(device):
 
 
 def profile_from(settings):
-    """Steps after the start: the pool is full and D at work."""
-    return max(64, settings.adversarial_start) + 10
+    """Steps after the start: the pool is full (64 batches or windows, by two batches a step) and D at work."""
+    windows_full = 32 * (settings.window // settings.crop)**2 // settings.batch_size
+    return max(64, windows_full, settings.adversarial_start) + 10
 
 
 def profiler(settings):

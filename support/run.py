@@ -48,7 +48,7 @@ def check_settings(settings):
         ("optimizer", s.optimizer in ("muon", "adam", "adamw"), one_of("muon", "adam", "adamw")),
         ("encoder_loss", s.encoder_loss in ("mse", "l1"), one_of("mse", "l1")),
         ("adversarial_form", s.adversarial_form in ("squares", *FORMS), one_of("squares", *FORMS)),
-        ("adversarial_scaling", s.adversarial_scaling in SCALINGS, one_of(*SCALINGS)),
+        ("adversarial_scaling", s.adversarial_scaling in ("none", *SCALINGS), one_of("none", *SCALINGS)),
         ("variant", s.variant in ("auto", *VARIANTS), one_of("auto", *VARIANTS)),
         ("max_iters", s.max_iters > 0 or s.init_from != "scratch",
          "must be more than 0, unless --init_from= names weights to start from, --init_from=donor for one"),

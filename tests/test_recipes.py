@@ -128,17 +128,19 @@ def test_the_encoder_feels_it(weight, feature_weight, tmp_path, monkeypatch):
 @pytest.mark.parametrize("scaling", ["none", "unit", "adaptive"])
 def test_the_decoder_feels_the_scaled_gradient(scaling, tmp_path, monkeypatch):
     step = first_step(tmp_path / "out", monkeypatch, f"--adversarial_scaling={scaling}", "--adversarial_weight=3",
-                      "--mse_weight=2", "--lowres_weight=0", "--matching_weight=0")
+                      "--mse_weight=2", "--lowres_weight=0")
     (real, latent, _), decoder, d = step.seen[0], step.before[1], step.after.discriminator
     fake = decoder(latent)
-    pixels, pull = 2 * F.mse_loss(fake, real), (d(fake, latent)[0] - d(real, latent)[0]).square().mean()
+    (scores, seen), (real_scores, real_seen) = d(fake, latent), d(real, latent)
+    pixels, pull = 2 * F.mse_loss(fake, real), (scores - real_scores).square().mean()
+    matching = sum((a - b).abs().sum() / b.abs().sum() for a, b in zip(seen, real_seen)) / 5
     if scaling == "unit":
         gradient = torch.autograd.grad(pull, fake, retain_graph=True)[0]
         pull = (fake * gradient / gradient.std()).mean()
     elif scaling == "adaptive":
         sizes = [torch.autograd.grad(loss, decoder[19].weight, retain_graph=True)[0].norm() for loss in (pixels, pull)]
         pull = pull * (sizes[0] / (sizes[1] + 1e-4)).item()
-    (pixels + 3 * pull).backward()
+    (pixels + 3 * pull + 5 * matching).backward()
     for (name, weight), expected in zip(step.after.decoder.named_parameters(), decoder.parameters()):
         assert torch.allclose(weight.grad, expected.grad, rtol=1e-3, atol=1e-5), name
     assert decoder[19].weight.grad.norm() > 1e-3

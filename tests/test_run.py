@@ -242,7 +242,8 @@ def test_compiled_once(scaling, small, tmp_path, monkeypatch):
     assert sizes and all(type(size) is int for size in sizes)  # none left open
     train(*flags, "--compile=false", f"--out_dir={tmp_path / 'eager'}")
     for ours, theirs in zip(records(tmp_path / "compiled")[1:], records(tmp_path / "eager")[1:], strict=True):
-        for name in {"encoder", "encoder_feature", "mse", "adversarial", "discriminator", "val_psnr"} & theirs.keys():
+        for name in {"encoder", "encoder_feature", "mse", "lowres_mse", "adversarial", "matching", "discriminator",
+                     "val_psnr"} & theirs.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
 
 

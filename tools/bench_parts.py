@@ -14,6 +14,7 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
 from data import PHOTOS, Images
 from model import Decoder, Discriminator, Encoder, convolutions, optimizer_of
@@ -115,7 +116,7 @@ def times_by_part(o):
         def pull(network, of_teacher, of_student):  # a network of several outputs
             with amp:
                 pairs = zip(network(*of_teacher), network(*of_student))
-            sum((a.float() - b.float()).abs().mean() for a, b in pairs).backward()
+            sum(F.l1_loss(a.movedim(1, 3), b.movedim(1, 3)).float() for a, b in pairs).backward()
         pulled, encoded = (x.clone().requires_grad_() for x in (image, latent))  # through them the students learn
         features = copy.deepcopy(decoder[:6]).requires_grad_(False)
         by_muon = [weight for each in networks for weight in convolutions(each)[each is discriminator:]
@@ -182,7 +183,7 @@ def resume(o):
     shutil.copy(os.path.join(one, "ckpt_previous.pt"), os.path.join(three, "ckpt.pt"))
     runs.append(run_train(three, init_from="resume")[1])
     losses = [{(line["step"], name): line[name] for line in run if line.get("step", 0) > 10 and "data_wait" in line
-               for name in ("encoder", "mse", "lowres_mse", "discriminator", "adversarial")} for run in runs]
+               for name in ("encoder", "mse", "discriminator", "adversarial", "matching")} for run in runs]
     assert len(losses[2]) == 50 and losses[0].keys() == losses[1].keys() == losses[2].keys()
     apart = [max(abs(losses[0][key] - other[key]) / abs(losses[0][key]) for key in losses[0]) for other in losses[1:]]
     table(("resumed", "the same command twice"), [(f"{apart[1]:.1e}", f"{apart[0]:.1e}")])

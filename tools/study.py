@@ -28,24 +28,25 @@ out_dir = "study"          # of the runs, as row-seed; one folder for one set of
 
 TRACK = "recipes/hour.py"  # TAEF2, plain, 64-pixel crops, batch 4; evaluated on 29 squares of 256 pixels
 SIXTEEN = "--batch_size=16 --learning_rate=1e-3"  # the trainer's defaults
+BEFORE = f"{SIXTEEN} --matching_weight=0"  # of tables older than feature matching
 GROUPS = [  # (minutes of one EPYC core without AMX, flags beside the track's, {row: its own})
-    (78, "", {"B": ""}),
-    (21, "--max_iters=2400", {"A": ""}),
+    (78, "", {"track": ""}),
+    (26, "--max_iters=3000", {"track-a": ""}),
     (10, "--train_encoder=false --max_iters=1600 --eval_interval=800", {
         "decoder": "", "matching-0": "--matching_weight=0", "matching-0.3": "--matching_weight=0.3",
-        "matching-1": "--matching_weight=1", "matching-10": "--matching_weight=10",
-        "matching-10-no-mse": "--matching_weight=10 --mse_weight=0", "no-window": "--window=0"}),
+        "matching-1": "--matching_weight=1", "matching-3": "--matching_weight=3",
+        "matching-10": "--matching_weight=10", "matching-10-no-mse": "--matching_weight=10 --mse_weight=0"}),
     (9, f"{SIXTEEN} --train_encoder=false --max_iters=400 --eval_interval=200", {
         "sixteen": "", "sixteen-matching-0": "--matching_weight=0", "sixteen-matching-1": "--matching_weight=1"}),
-    (55, f"{SIXTEEN} --max_iters=2000", {"hour": ""}),
-    (11, f"{SIXTEEN} --max_iters=400 --eval_interval=200", {
+    (55, f"{BEFORE} --max_iters=2000", {"hour": ""}),
+    (11, f"{BEFORE} --max_iters=400 --eval_interval=200", {
         "default": "", "no-features": "--encoder_feature_weight=0", "l1-features": "--encoder_loss=l1",
         "l1": "--encoder_loss=l1 --encoder_feature_weight=0"}),
-    (10, f"{SIXTEEN} --eval_interval=90", {
+    (10, f"{BEFORE} --eval_interval=90", {
         "width-16": "--width=16 --max_iters=840", "width-32": "--width=32 --max_iters=650",
         "width-96": "--width=96 --max_iters=180"}),
-    (31, f"{SIXTEEN} --max_iters=1100 --eval_interval=220", {"full": "", "full-gn": "--variant=midblock_gn"}),
-    (22, f"{SIXTEEN} --crop=48 --width=32 --max_iters=2500 --eval_interval=250", {
+    (31, f"{BEFORE} --max_iters=1100 --eval_interval=220", {"full": "", "full-gn": "--variant=midblock_gn"}),
+    (22, f"{BEFORE} --crop=48 --width=32 --max_iters=2500 --eval_interval=250", {
         "half": "", "half-no-augment": "--color_augment=0", "half-no-cooldown": "--cooldown=0",
         "half-unit": "--adversarial_scaling=unit", "half-gn": "--variant=midblock_gn",
         "half-judged": "--encoder_adversarial_weight=0.1", "half-late": "--adversarial_start=200",
