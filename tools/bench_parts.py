@@ -14,7 +14,6 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
 
 from data import PHOTOS, Images
 from model import Decoder, Discriminator, Encoder, convolutions, optimizer_of
@@ -116,7 +115,7 @@ def times_by_part(o):
         def pull(network, of_teacher, of_student):  # a network of several outputs
             with amp:
                 pairs = zip(network(*of_teacher), network(*of_student))
-            sum(F.l1_loss(a.movedim(1, 3), b.movedim(1, 3)).float() for a, b in pairs).backward()
+            sum(torch.nn.functional.l1_loss(a.movedim(1, 3), b.movedim(1, 3)).float() for a, b in pairs).backward()
         pulled, encoded = (x.clone().requires_grad_() for x in (image, latent))  # through them the students learn
         features = copy.deepcopy(decoder[:6]).requires_grad_(False)
         by_muon = [weight for each in networks for weight in convolutions(each)[each is discriminator:]
