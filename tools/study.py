@@ -30,7 +30,7 @@ TRACK = "recipes/hour.py"  # TAEF2, plain, 64-pixel crops, batch 4; evaluated on
 SIXTEEN = "--batch_size=16 --learning_rate=1e-3"  # the trainer's defaults
 BEFORE = f"{SIXTEEN} --matching_weight=0"  # of tables older than feature matching
 GROUPS = [  # (minutes of one EPYC core without AMX, flags beside the track's, {row: its own})
-    (78, "", {"track": ""}),
+    (60, "", {"track": ""}),
     (26, "--max_iters=3000", {"track-a": ""}),
     (10, "--train_encoder=false --max_iters=1600 --eval_interval=800", {
         "decoder": "", "matching-0": "--matching_weight=0", "matching-0.3": "--matching_weight=0.3",
