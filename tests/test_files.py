@@ -23,7 +23,7 @@ KINDS = ["random", pytest.param("real", marks=needs_data)]
 @torch.no_grad()
 @pytest.mark.parametrize("pictures", KINDS)
 def test_exports_give_the_same_pixels(pictures, tiny_run):
-    ours, plain = files.student(load(tiny_run.out / "ckpt.pt")), plain_taesd(8, 4)
+    ours, plain = files.student(load(tiny_run.out / "ckpt.pt")), plain_taesd(16, 4)
     tiny = AutoencoderTiny.from_pretrained(tiny_run.out / "diffusers")
     for half, network in plain.items():
         network.load_state_dict(load(tiny_run.out / f"taesd_{half}.pth"), strict=True)
