@@ -218,11 +218,6 @@ def test_color_augmentation_reaches_the_crops(share, tmp_path):
     assert ((crops.amax(1) - crops.amin(1)).flatten(1).amax(1) > 8).all() == bool(share)
 
 
-def test_ramp(stepped, monkeypatch):
-    monkeypatch.setattr(stepped.after, "max_iters", 100), monkeypatch.setattr(stepped.after, "cooldown", 0.2)
-    assert [stepped.after.ramp(step) for step in (0, 50, 80, 90, 99)] == pytest.approx([1, 1, 1, 0.5, 0.05])
-
-
 def test_training_learns_and_leaves_everything(tiny_run):
     first, *_, last = [line for line in records(tiny_run.out) if "val_psnr" in line]
     assert last["val_psnr"] > first["val_psnr"] and last["val_latent_mse"] < first["val_latent_mse"]

@@ -129,6 +129,11 @@ def test_float16(tmp_path, monkeypatch):
     assert lines[0]["dtype"] == "torch.float16" and lines[-1]["step"] == 8
 
 
+def test_ramp(stepped, monkeypatch):
+    monkeypatch.setattr(stepped.after, "max_iters", 100), monkeypatch.setattr(stepped.after, "cooldown", 0.2)
+    assert [stepped.after.ramp(step) for step in (0, 50, 80, 90, 99)] == pytest.approx([1, 1, 1, 0.5, 0.05])
+
+
 # the memories
 
 def greys(value, n=4):
@@ -184,3 +189,9 @@ def test_windows_are_cut_in_their_place(stepped):
     crops, parts = data.cut(squares, 2), data.cut(latents, 2)
     assert torch.equal(crops[5], squares[1, :, :16, 16:]) and torch.equal(parts[5], latents[1, :, :2, 2:])
     assert torch.equal(data.cut(squares, 1), squares)
+
+
+def test_the_pool_holds_crops_of_64_windows(tmp_path):
+    """By batches of one, too: windows of 64 pixels are four crops of 32."""
+    scope = train(*TINY, "--batch_size=1", "--max_iters=1", f"--out_dir={tmp_path / 'out'}")
+    assert len(scope.pool.images) == 64 * 4

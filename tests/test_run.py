@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -259,6 +260,8 @@ def test_compiled(small, tmp_path):
 
 
 def test_profile(tmp_path):
+    settings = types.SimpleNamespace(window=256, crop=64, batch_size=4, adversarial_start=0)
+    assert report.profile_from(settings) == 64 * 16 // 8 + 10  # the pool's 64 windows, by two batches a step
     train(*TINY, "--train_decoder=false", "--max_iters=77", "--profile=2", f"--out_dir={tmp_path / 'out'}")
     events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
     names = {event.get("name", "") for event in events}
