@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -98,3 +99,13 @@ def test_a_bar_on_a_terminal(tmp_path):
     assert sum(line.startswith("eval ") for line in lines) == 2  # on lines of their own
     assert not any(line.startswith("step 3/6") for line in lines)
     assert any(line.startswith("val_psnr: ") for line in lines)
+
+
+def test_profile(tmp_path):
+    settings = types.SimpleNamespace(window=256, crop=64, batch_size=4, adversarial_start=0)
+    assert report.profile_from(settings) == 64 * 16 // 8 + 10  # the pool's 64 windows, by two batches a step
+    train(*TINY, "--train_decoder=false", "--max_iters=77", "--profile=2", f"--out_dir={tmp_path / 'out'}")
+    events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    assert any("convolution" in name for name in names)
+    assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#74", "ProfilerStep#75"}

@@ -1,12 +1,10 @@
 """Settings, and what a run does: start, record, stop, go on, measure itself."""
 import functools
-import json
 import re
 import shutil
 import signal
 import sys
 import time
-import types
 
 import pytest
 import torch
@@ -257,13 +255,3 @@ def test_compiled(small, tmp_path):
     assert process.returncode == 0 and "compile on" in output, errors
     assert "Recompiling function" not in errors and "create_symbol" not in errors, errors
     assert records(tmp_path / "out")[-1]["step"] == 4
-
-
-def test_profile(tmp_path):
-    settings = types.SimpleNamespace(window=256, crop=64, batch_size=4, adversarial_start=0)
-    assert report.profile_from(settings) == 64 * 16 // 8 + 10  # the pool's 64 windows, by two batches a step
-    train(*TINY, "--train_decoder=false", "--max_iters=77", "--profile=2", f"--out_dir={tmp_path / 'out'}")
-    events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
-    names = {event.get("name", "") for event in events}
-    assert any("convolution" in name for name in names)
-    assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#74", "ProfilerStep#75"}
