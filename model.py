@@ -154,8 +154,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
             steps = torch.stack(torch._foreach_lerp(gradients, momentum, group["momentum"])).flatten(2)  # Nesterov's
             size = 0.2 * max(steps.shape[1:]) ** 0.5  # makes their root mean square that of Adam's steps
-            steps = orthogonal(steps.to(self.dtype)).to(weights[0].dtype).unflatten(2, weights[0].shape[1:])
-            torch._foreach_add_(weights, list(steps.unbind()), alpha=-group["lr"] * size)
+            steps = orthogonal(steps.to(self.dtype)).to(weights[0].dtype) * (-group["lr"] * size)
+            torch._foreach_add_(weights, list(steps.unflatten(2, weights[0].shape[1:]).unbind()))
 
 
 def orthogonal(matrices):

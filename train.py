@@ -32,6 +32,7 @@ from recipes import published
 from sample import HeldOut
 from support.configure import configure, pick_compile, pick_device, pick_dtype
 from support.donor import adapt
+from support.graph import replayed
 from support.parallel import RANK, RANKS, average_gradients, join
 from support.report import Interrupt, Report, explain_out_of_memory, introduce
 from support.run import Progress, check_fit, check_losses, check_settings, open_run, restore, save_run
@@ -90,7 +91,7 @@ eval_size = 256              # held-out images are centre squares of this side i
 # system
 device = "auto"              # auto, cuda, mps or cpu
 dtype = "auto"               # auto, float32, bfloat16 or float16: of teacher and autocast; weights stay float32
-compile = "auto"             # torch.compile: auto (on a GPU), true or false
+compile = "auto"             # torch.compile: auto (on a GPU), true or false (nor CUDA graphs, support/graph.py)
 profile = 0                  # steps to record as out_dir/trace.json for perfetto, some 74 after the start; 0 = off
 # -----------------------------------------------------------------------------
 settings, by_file, by_flag = configure(globals())  # all of them; those that files and flags give
@@ -99,8 +100,7 @@ check_settings(settings)
 globals().update(settings)
 # `settings` stay what was asked for; from here on these globals hold what "auto" becomes on this machine
 device = pick_device(device)
-dtype = pick_dtype(dtype, device)
-compile = pick_compile(compile, device)
+dtype, compile = pick_dtype(dtype, device), pick_compile(compile, device)
 machine = {"device": device, "dtype": dtype, "compile": compile}
 explain_out_of_memory(settings)
 batch_size //= RANKS  # of this process; RANKS is 1, unless torchrun started more
@@ -112,16 +112,12 @@ progress = Progress(  # what a checkpoint keeps beside weights and memories
 # images, teacher, student, discriminator
 images = Images(data_dir, val_dir)
 vae = Teacher(teacher, device, dtype)
-if variant == "auto":
-    variant = settings["variant"] = checkpoint["shape"]["variant"] if checkpoint else vae.student_variant
-check_fit(settings, vae)
-
+variant = check_fit(settings, vae, checkpoint)  # where it is "auto", as the checkpoint or else the teacher has it
 torch.manual_seed(seed)
 torch.backends.cudnn.benchmark = True  # crops have one size
 shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": width, "variant": variant}
-encoder, decoder, discriminator = Encoder(**shape), Decoder(**shape), Discriminator(vae.latent_channels)
-encoder.requires_grad_(train_encoder)
-decoder.requires_grad_(train_decoder)
+encoder, decoder = Encoder(**shape).requires_grad_(train_encoder), Decoder(**shape).requires_grad_(train_decoder)
+discriminator = Discriminator(vae.latent_channels)
 ema_encoder, ema_decoder = (copy.deepcopy(half).requires_grad_(False) for half in (encoder, decoder))
 networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator,
             "ema_encoder": ema_encoder, "ema_decoder": ema_decoder}  # averaged over the steps: these are exported
@@ -151,7 +147,7 @@ def ramp(step):
 def descend(optimizer, loss, lr):
     """One step of an optimizer."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * ramp(progress.step)
+        group.update(lr=lr, capturable=torch.is_tensor(lr))
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     average_gradients(optimizer)
@@ -217,7 +213,7 @@ class Memory:
         self.filled += len(free)
         self.images[slots] = (images[:len(slots)].clamp(0, 1) * 255).round().to(torch.uint8)
         self.latents[slots] = latents[:len(slots)].to(torch.float16)
-        self.uses[slots] = 0
+        self.uses.index_fill_(0, slots, 0)  # the CPU does not wait, as in [slots] = 0
 
     def draw(self, n):
         """n different pairs, float32."""
@@ -239,7 +235,8 @@ pair_shapes = (3, crop, crop), (vae.latent_channels, crop // vae.factor, crop //
 across = max(1, window // crop)  # crops side by side in a window
 windows = max(1, round(batch_size / echo / across**2))  # read at once
 pool = Memory(max(64 * batch_size, 64 * windows * across**2), *pair_shapes)  # so large that crops of many images mix
-replay = Memory(replay_size // RANKS if train_decoder and adversarial_weight > 0 else 0, *pair_shapes)
+adversarial = train_decoder and adversarial_weight > 0
+replay = Memory(replay_size // RANKS if adversarial else 0, *pair_shapes)
 
 
 def get_batch():
@@ -254,13 +251,6 @@ def get_batch():
         progress.due -= windows * across**2
         progress.batches_read += 1
     return pool.draw(batch_size)
-
-
-def half_old(fakes, latents):
-    """Remember a batch of fakes, so that D does not forget what it once caught; give half of it back, and half old."""
-    replay.push(fakes, latents)
-    old_fakes, old_latents = replay.draw(len(fakes) // 2)
-    return torch.cat([old_fakes, fakes[len(old_fakes):]]), torch.cat([old_latents, latents[len(old_fakes):]])
 
 
 # -----------------------------------------------------------------------------
@@ -302,11 +292,12 @@ loader = batches(images, across * crop, windows, color_augment, seed, workers, s
 stopping = Interrupt()  # true after Ctrl-C
 
 # -----------------------------------------------------------------------------
-# the loop
-last = progress.step == max_iters
-while not last:
-    real, latent = get_batch()
-    terms, loss = {}, 0.0  # the terms are reported by their names; the loss is what the student minimises
+# the loop, and a step of it
+@replayed(device, settings["compile"], scaler)  # on a GPU recorded once: what varies from step to step is an argument
+def train_step(real, latent, rate, *old):
+    """One step at `rate` times the learning rates. `old` fakes and their latents: for D, once it takes part. Returns
+    the terms of the losses, to be reported by their names, and this step's fakes and their latents."""
+    terms, loss, fake = {}, 0.0, latent  # the loss is what the student minimises
 
     # encoder: copies the teacher's latents, in themselves and as our decoder's first layers see them
     if train_encoder:
@@ -329,14 +320,14 @@ while not last:
                 terms[name] = distance(fake, real)
                 loss = loss + weight * terms[name]
 
-    if train_decoder and adversarial_weight > 0 and progress.step >= adversarial_start:
-        # discriminator: a step of its own; it learns to tell real images from fakes, new and old
-        fakes = [half_old(fake.detach(), latent)]
+    if old:
+        # discriminator: a step of its own, to tell real images from fakes; half are old, lest it forget what it caught
+        fakes = [[torch.cat([a, b[len(a):]]) if len(a) else b for a, b in zip(old, (fake.detach(), latent))]]
         if encoder_adversarial_weight > 0:  # a real image with the student's latent is a fake, too
             fakes.append((real, encoded.detach()))
         real_scores, *scores = judge((real, latent), *fakes)[0]
         terms["discriminator"] = sum(discriminator_loss(real_scores, fake_scores) for fake_scores in scores)
-        descend(discriminator_optimizer, terms["discriminator"], discriminator_lr)
+        descend(discriminator_optimizer, terms["discriminator"], rate * discriminator_lr)
 
         # decoder: its fakes cannot be told from the real images by the D that has just learned
         discriminator.requires_grad_(False)
@@ -354,9 +345,18 @@ while not last:
             loss = loss + encoder_adversarial_weight * terms["encoder_adversarial"]
         discriminator.requires_grad_(True)
 
-    # step
-    descend(student_optimizer, loss, learning_rate)
+    descend(student_optimizer, loss, rate * learning_rate)
     scaler.update()
+    return {name: term.detach() for name, term in terms.items()}, fake.detach(), latent
+
+
+last = progress.step == max_iters
+while not last:
+    real, latent = get_batch()
+    old = replay.draw(batch_size // 2) if adversarial and progress.step >= adversarial_start else ()
+    terms, *fakes = train_step(real, latent, ramp(progress.step), *old)
+    if old:
+        replay.push(*fakes)
     progress.step += 1
     progress.images_seen += batch_size * RANKS
     progress.images_averaged += batch_size * RANKS

@@ -74,8 +74,10 @@ def check_losses(settings, pixel_losses):
     ])
 
 
-def check_fit(settings, vae):
-    """The rules that depend on the teacher."""
+def check_fit(settings, vae, checkpoint):
+    """The rules that depend on the teacher. Returns the student's variant, and settles it in `settings`."""
+    if settings["variant"] == "auto":
+        settings["variant"] = checkpoint["shape"]["variant"] if checkpoint else vae.student_variant
     rule = f"must be 16 or more and a multiple of {vae.multiple} for this teacher"
     check(settings, [
         ("crop", settings["crop"] >= 16 and settings["crop"] % vae.multiple == 0, rule),
@@ -83,6 +85,7 @@ def check_fit(settings, vae):
         ("variant", settings["variant"] != "f32" or vae.factor == 32,
          f"is for factor 32, the teacher's is {vae.factor}; --variant=plain suits any"),
     ])
+    return settings["variant"]
 
 
 # -----------------------------------------------------------------------------

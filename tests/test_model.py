@@ -4,6 +4,7 @@ import torch
 
 import data
 import model
+from conftest import first_step
 from test_smoke import TINY, records, train
 
 
@@ -141,19 +142,28 @@ def greys(value, n=4):
     return torch.full((n, 3, 4, 4), value * 51 / 255), torch.full((n, 2, 1, 1), float(value))
 
 
-def test_replay_is_half_new_half_old(stepped, monkeypatch):
-    scope, shapes = stepped.after, ((3, 4, 4), (2, 1, 1))
-    monkeypatch.setattr(scope, "replay", scope.Memory(8, *shapes))
+def test_new_fakes_are_in_and_older_ones_still_are(stepped):
+    replay = stepped.after.Memory(8, (3, 4, 4), (2, 1, 1))
     for value in range(1, 6):
-        mixed, latent = scope.half_old(*greys(value))
-        assert (latent[2:] == value).all() and torch.allclose(mixed, latent[:, :1] * 51 / 255, atol=1e-6)
-        assert len(mixed) == len(latent) == 4
-    assert scope.replay.filled == len(scope.replay.images) == 8 and scope.replay.images.dtype == torch.uint8
-    drawn = {value.item() for _ in range(20) for value in scope.replay.draw(4)[1][:, 0, 0, 0]}
-    assert 5.0 in drawn and len(drawn) > 1  # new ones are in, older ones still are
-    monkeypatch.setattr(scope, "replay", scope.Memory(0, *shapes))
-    for found, given in zip(scope.half_old(*greys(2)), greys(2)):
-        assert torch.equal(found, given)
+        replay.push(*greys(value))
+        images, latents = replay.draw(2)
+        assert torch.allclose(images, latents[:, :1] * 51 / 255, atol=1e-6)
+    assert replay.filled == len(replay.images) == 8 and replay.images.dtype == torch.uint8
+    drawn = {value.item() for _ in range(20) for value in replay.draw(4)[1][:, 0, 0, 0]}
+    assert 5.0 in drawn and len(drawn) > 1
+
+
+@pytest.mark.parametrize("size, old", [(64, 2), (0, 0)])
+def test_half_of_the_fakes_are_old(size, old, tmp_path, monkeypatch):
+    """From the second step on; without a replay buffer none are."""
+    step = first_step(tmp_path / "out", monkeypatch, f"--replay_size={size}", steps=2)
+    _, first_fakes, _, (first, first_latent), _, fakes, _, (fake, latent) = ([*pair] for pair in map(tuple, [
+        (image, latent) for image, latent, _ in step.seen]))
+    assert torch.equal(first_fakes[0], first) and torch.equal(first_fakes[1], first_latent)
+    assert torch.equal(fakes[0][old:], fake[old:]) and torch.equal(fakes[1][old:], latent[old:])
+    for image, its_latent in zip(fakes[0][:old], fakes[1]):
+        apart = (first.clamp(0, 1) - image).abs().flatten(1).amax(1)
+        assert apart.min() < 0.6 / 255 and (first_latent[apart.argmin()] - its_latent).abs().max() < 2e-3
 
 
 def test_a_memory_replaces_what_was_used_most(stepped):

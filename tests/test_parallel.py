@@ -17,7 +17,7 @@ FORK = {  # of train.py: batches that are given, and double precision, for round
     "    real, latent = get_batch()\n": """    given = torch.Generator().manual_seed(progress.step)
     real, latent = (torch.rand(4, *shape, generator=given).double()[RANK::RANKS] for shape in pair_shapes)
 """,
-    "# the loop\n": """
+    "# the loop, and a step of it\n": """
 for network in networks.values():
     network.double()
 HeldOut.evaluate = lambda *arguments: {}  # its images are of single precision

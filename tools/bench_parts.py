@@ -193,7 +193,6 @@ VARIANTS = {  # name: (flags, environment), in turns with the reference; on a GP
 EXTRAS = {
     "float32, not compiled": (("--compile=false", "--dtype=float32"), {}),
     "float16, not compiled": (("--compile=false", "--dtype=float16"), {}),
-    "CUDA graphs": (("--compile=true",), {"TORCHINDUCTOR_CUDAGRAPHS": "1"}),
     "max-autotune": (("--compile=true",), {"TORCHINDUCTOR_MAX_AUTOTUNE": "1"})}
 
 
