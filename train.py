@@ -91,7 +91,7 @@ eval_size = 256              # held-out images are centre squares of this side i
 # system
 device = "auto"              # auto, cuda, mps or cpu
 dtype = "auto"               # auto, float32, bfloat16 or float16: of teacher and autocast; weights stay float32
-compile = "auto"             # torch.compile: auto (on a GPU), true or false (nor CUDA graphs, support/graph.py)
+compile = "auto"             # torch.compile and, on a GPU, a CUDA graph of the step: auto, true; or false, neither
 profile = 0                  # steps to record as out_dir/trace.json for perfetto, some 74 after the start; 0 = off
 # -----------------------------------------------------------------------------
 settings, by_file, by_flag = configure(globals())  # all of them; those that files and flags give
@@ -293,11 +293,11 @@ stopping = Interrupt()  # true after Ctrl-C
 
 # -----------------------------------------------------------------------------
 # the loop, and a step of it
-@replayed(device, settings["compile"], scaler)  # on a GPU recorded once: what varies from step to step is an argument
+@replayed(device, settings["compile"], scaler)  # on a GPU its Python runs in the first calls only: what varies goes in
 def train_step(real, latent, rate, *old):
-    """One step at `rate` times the learning rates. `old` fakes and their latents: for D, once it takes part. Returns
-    the terms of the losses, to be reported by their names, and this step's fakes and their latents."""
-    terms, loss, fake = {}, 0.0, latent  # the loss is what the student minimises
+    """One step at `rate` times the learning rates; `old` fakes and their latents are for D, once it takes part. Returns
+    the terms of the losses, this step's fakes and their latents. Terms are logged: to look at a number, make it one."""
+    terms, loss, fake = {}, 0.0, latent  # the loss is what the student minimises; fake: unused without a decoder
 
     # encoder: copies the teacher's latents, in themselves and as our decoder's first layers see them
     if train_encoder:

@@ -1,8 +1,12 @@
 """CUDA graphs: a training step's two thousand small kernels, recorded once and then started together. Started one by
 one, they cost the CPU more time than a large GPU needs to run them.
 """
-import torch
+import traceback
 
+import torch
+from tqdm import tqdm  # comes with diffusers
+
+from support.configure import stop
 from support.parallel import RANKS
 
 WARM_UP = 5  # calls in which torch.compile compiles, cuDNN chooses its kernels and optimizers make their states
@@ -10,30 +14,30 @@ WARM_UP = 5  # calls in which torch.compile compiles, cuDNN chooses its kernels 
 
 def replayed(device, compile, scaler):
     """A decorator: the function's kernels are replayed from a CUDA graph where that is possible: not with
-    --compile=false, nor where a GradScaler looks at the gradients, nor where processes exchange them."""
+    --compile=false, nor where a GradScaler looks at the gradients, nor where processes exchange them. Without Triton
+    nothing is compiled, but it is recorded."""
     possible = device.type == "cuda" and compile.lower() != "false" and not scaler.is_enabled() and RANKS == 1
     return Replayed if possible else lambda function: function
 
 
 class Replayed:
-    """A function of tensors and numbers that changes weights in place. No number in it may depend on a tensor's value
-    or on how often it was called, and what it returns is overwritten by the next call.
-
-    Calls with other shapes are recorded anew. Where recording fails one line says why, and it is called as it is.
+    """A function of tensors and numbers that changes weights in place. Its Python runs in the first calls only, for
+    each shape of its arguments: numbers, branches and random numbers of the CPU stay what they were in the last of
+    these. It may not ask for a tensor's value. What it returns is overwritten by the next call: clone what you keep.
     """
     def __init__(self, function):
         self.function, self.stream = function, torch.cuda.Stream()
-        self.shapes, self.calls, self.graph, self.failed = None, 0, None, False
+        self.shapes, self.calls, self.graph, self.inputs, self.outputs = None, 0, None, None, None
 
     def __call__(self, *inputs):
         shapes = [x.shape if torch.is_tensor(x) else () for x in inputs]
         if shapes != self.shapes:  # at first there are no old fakes; D may begin later
-            self.shapes, self.calls, self.graph = shapes, 0, None
+            self.shapes, self.calls, self.graph, self.inputs, self.outputs = shapes, 0, None, None, None
         self.calls += 1
-        if self.calls > WARM_UP and not self.graph and not self.failed:
-            self.record(inputs)
-        if not self.graph:
+        if self.calls <= WARM_UP:
             return self.call(inputs)
+        if self.graph is None:
+            self.record(inputs)
         for place, x in zip(self.inputs, inputs):
             place.copy_(x) if torch.is_tensor(x) else place.fill_(x)
         self.graph.replay()
@@ -50,11 +54,15 @@ class Replayed:
     def record(self, inputs):
         """Computes nothing yet. Threads that read images go on pinning memory meanwhile."""
         self.inputs = [x.clone() if torch.is_tensor(x) else torch.zeros((), device=inputs[0].device) for x in inputs]
-        graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
-            self.graph = graph
-        except Exception as error:  # of a loss that looks at its value, for example
-            self.failed = True
-            print(f"machine   not recorded as a CUDA graph, which is slower: {' '.join(str(error).split())[:200]}")
+        except Exception as error:
+            cause = error.__context__ or error  # ending a recording that failed fails, too
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause
+            ours = [at for at in traceback.extract_tb(cause.__traceback__) if "site-packages" not in at.filename]
+            stop(f"{ours[-1].filename}:{ours[-1].lineno}: cannot be recorded as a CUDA graph, in which nothing may ask "
+                 f"for a tensor's value ({' '.join(str(cause).split())[:200]}); --compile=false runs it as it is")
+        tqdm.write("machine   a step is recorded as a CUDA graph: from here on its Python does not run")

@@ -171,7 +171,7 @@ class Report:
 def peak_memory_mb(device):
     """Largest memory held so far: the GPU's as torch counts it, else the process's (0 where the system tells none)."""
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20)
+        return round(torch.cuda.max_memory_reserved() / 2**20)  # with what a CUDA graph keeps for itself
     try:
         import resource  # not on Windows
     except ImportError:

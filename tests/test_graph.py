@@ -12,7 +12,7 @@ from test_smoke import TINY
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """In place of torch.cuda's graphs, one that can be recorded (not while `fails`) and counts its replays."""
+    """In place of torch.cuda's graphs, one that can be recorded, unless it `fails`, and counts its replays."""
     seen = SimpleNamespace(recorded=0, replays=0, fails=False)
 
     class Graph:
@@ -22,9 +22,11 @@ def cuda(monkeypatch):
     @contextlib.contextmanager
     def recording(graph, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"  # or threads that pin memory break it
-        yield
-        if seen.fails:
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        try:
+            yield
+        finally:
+            if seen.fails:
+                raise RuntimeError("operation failed due to a previous error during capture")
         seen.recorded += 1
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph,
@@ -48,14 +50,27 @@ def test_recorded_after_the_warm_up_and_anew_for_other_shapes(cuda):
     assert cuda.recorded == 2 and cuda.replays == 4 and len(calls) == 2 * (graph.WARM_UP + 1)
 
 
-def test_what_cannot_be_recorded_is_called_and_one_line_says_so(cuda, capsys):
-    cuda.fails, done = True, []
-    replayed = graph.Replayed(lambda x: done.append(x))
-    for n in range(graph.WARM_UP + 3):
+def test_what_cannot_be_recorded_ends_the_run_with_one_line(cuda):
+    def function(x):
+        if replayed.calls > graph.WARM_UP:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")  # as .item() does
+    replayed, cuda.fails = graph.Replayed(function), True
+    for n in range(graph.WARM_UP):
         replayed(torch.ones(1))
-    assert len(done) == graph.WARM_UP + 4 and not cuda.replays  # once for the recording, which computes nothing
-    line, = capsys.readouterr().out.splitlines()
-    assert "operation not permitted when stream is capturing" in line and "slower" in line
+    where = f"test_graph.py:{function.__code__.co_firstlineno + 2}: "
+    with pytest.raises(SystemExit, match=where + r".* \(operation not permitted when stream is capturing\); --com"):
+        replayed(torch.ones(1))
+
+
+def test_out_of_memory_while_recording_is_told_as_anywhere(cuda):
+    def function(x):
+        if replayed.calls > graph.WARM_UP:
+            raise torch.OutOfMemoryError("tried to allocate")
+    replayed, cuda.fails = graph.Replayed(function), True
+    for n in range(graph.WARM_UP):
+        replayed(torch.ones(1))
+    with pytest.raises(torch.OutOfMemoryError, match="tried to allocate"):
+        replayed(torch.ones(1))
 
 
 @pytest.mark.parametrize("device, compile, scales", [("cpu", "auto", False), ("cuda", "False", False),

@@ -26,14 +26,15 @@ flags = ""                 # of train.py, for every row: teacher, data, ...
 out_dir = "study"          # of the runs, as row-seed; one folder for one set of flags
 # -----------------------------------------------------------------------------
 
-TRACK = "recipes/hour.py"  # TAEF2, plain, 64-pixel crops, batch 4; evaluated on 29 squares of 256 pixels
-SIXTEEN = "--batch_size=16 --learning_rate=1e-3"  # the trainer's defaults
+TRACK = "recipes/hour.py"  # TAEF2, plain, batch 4; evaluated on 29 squares of 256 pixels
+SMALL = "--crop=64"  # what ten minutes are enough for
+SIXTEEN = f"{SMALL} --batch_size=16 --learning_rate=1e-3"
 BEFORE = f"{SIXTEEN} --matching_weight=0"  # of tables older than feature matching
 GROUPS = [  # (minutes of one EPYC core without AMX, flags beside the track's, {row: its own})
-    (60, "", {"track": ""}),
-    (26, "--max_iters=3000", {"track-a": ""}),
-    (10, "--train_encoder=false --max_iters=1600 --eval_interval=800", {
-        "decoder": "", "matching-0": "--matching_weight=0", "matching-0.3": "--matching_weight=0.3",
+    (75, "", {"track": ""}),
+    (26, f"{SMALL} --max_iters=3000 --eval_interval=600", {"track-64": ""}),
+    (10, f"{SMALL} --train_encoder=false --max_iters=1600 --eval_interval=800", {
+        "decoder": "", "no-window": "--window=0", "matching-0": "--matching_weight=0", "matching-0.3": "--matching_weight=0.3",
         "matching-1": "--matching_weight=1", "matching-3": "--matching_weight=3",
         "matching-10": "--matching_weight=10", "matching-10-no-mse": "--matching_weight=10 --mse_weight=0"}),
     (9, f"{SIXTEEN} --train_encoder=false --max_iters=400 --eval_interval=200", {
