@@ -168,7 +168,7 @@ def adversarial_loss(real_scores, fake_scores):
 
 def matching_loss(real_activations, fake_activations):
     """What the decoder minimises, too: a fake and its real image look alike to D, layer by layer (pix2pixHD)."""
-    return sum(F.l1_loss(fake.movedim(1, 3), real.movedim(1, 3)).float() / real.abs().mean()  # in memory's order
+    return sum(F.l1_loss(fake.movedim(1, 3), real.movedim(1, 3)).float() / real.abs().mean()  # as in memory: no copy
                for real, fake in zip(real_activations, fake_activations)) / len(real_activations)
 
 

@@ -1,5 +1,5 @@
-# The track of RESULTS.md, an hour and a quarter of one CPU core; --crop=64 --max_iters=3000 is 25 minutes. Give --data_dir
-# and --val_dir. On a GPU the trainer's own defaults do better.
+# The track of RESULTS.md, an hour and a quarter of one CPU core; --crop=64 --max_iters=3000 is 25 minutes. Give
+# --data_dir and --val_dir. On a GPU leave the batch and the rate at the trainer's own.
 teacher = "taef2_encoder.pth"  # and taef2_decoder.pth beside it, from github.com/madebyollin/taesd
 variant = "plain"
 out_dir = "out-hour"
