@@ -1,6 +1,7 @@
 """Everything that a user may get wrong ends with one line that says what would do, and leaves nothing behind."""
 import os
 import shutil
+import types
 
 import huggingface_hub
 import pytest
@@ -164,3 +165,12 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
     output, errors = process.communicate()
     assert process.returncode == 1 and output == "" and errors.count("\n") == 1
     assert errors.startswith("error: --crop=50: must be 16 or more and a multiple of 8 for this teacher")
+
+
+@pytest.mark.parametrize("asked, start, expected", [("auto", None, "plain"), ("auto", "midblock_gn", "midblock_gn"),
+                                                    ("plain", "midblock_gn", "plain")])
+def test_the_variant_is_the_starts_or_else_the_teachers(asked, start, expected):
+    teacher = types.SimpleNamespace(multiple=8, factor=8, student_variant="plain")
+    settings = {"variant": asked, "crop": 32, "eval_size": 64}
+    found = support_run.check_fit(settings, teacher, start and {"shape": {"variant": start}})
+    assert found == settings["variant"] == expected

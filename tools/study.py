@@ -34,7 +34,8 @@ GROUPS = [  # (minutes of one EPYC core without AMX, flags beside the track's, {
     (75, "", {"track": ""}),
     (26, f"{SMALL} --max_iters=3000 --eval_interval=600", {"track-64": ""}),
     (10, f"{SMALL} --train_encoder=false --max_iters=1600 --eval_interval=800", {
-        "decoder": "", "no-window": "--window=0", "matching-0": "--matching_weight=0", "matching-0.3": "--matching_weight=0.3",
+        "decoder": "", "no-window": "--window=0",
+        "matching-0": "--matching_weight=0", "matching-0.3": "--matching_weight=0.3",
         "matching-1": "--matching_weight=1", "matching-3": "--matching_weight=3",
         "matching-10": "--matching_weight=10", "matching-10-no-mse": "--matching_weight=10 --mse_weight=0"}),
     (9, f"{SIXTEEN} --train_encoder=false --max_iters=400 --eval_interval=200", {
