@@ -1,7 +1,9 @@
-"""The three networks: tiny encoder, tiny decoder, discriminator; and the optimizers that train them.
+"""The three networks (tiny encoder, tiny decoder, discriminator) and Muon. This file imports nothing of ours, so that a
+copy of it is all that other programs need to load our weights.
 
-Layer order and state-dict keys are those of taesd.py (github.com/madebyollin/taesd), so weights go both ways.
-Images are [0,1], latents about N(0,1), all NCHW. The student never sees [-1,1] or a scaling factor.
+The order of the layers and the names of the weights are those of taesd.py (github.com/madebyollin/taesd), so that
+weights can be exchanged in both directions. Images are in [0,1] and latents have about zero mean and unit variance;
+both are NCHW. The student never sees [-1,1] or a scaling factor.
 """
 import math
 
@@ -9,19 +11,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# plain: TAESD, convolutions alone. midblock_gn: FLUX.2's TAEF2, whose smallest blocks have a branch with GroupNorm.
+# f32: Sana's, for VAEs of factor 32.
+VARIANTS = ("plain", "midblock_gn", "f32")
+
 
 def conv(n_in, n_out, **kwargs):
     return nn.Conv2d(n_in, n_out, 3, padding=1, **kwargs)
 
 
 class Clamp(nn.Module):
-    """Squash latents softly to (-3,3): a stray large value must not blow up the picture."""
+    """Squashes latents softly into (-3,3), so that a single extreme value cannot spoil the picture."""
     def forward(self, latent):
         return torch.tanh(latent / 3) * 3
 
 
 class Block(nn.Module):
-    """Residual block of three 3x3 convolutions. midblock_gn: with the GroupNorm branch of the released TAEF2."""
+    """A residual block of three 3x3 convolutions. With `midblock_gn` it has the GroupNorm branch of TAEF2."""
     def __init__(self, width, midblock_gn=False):
         super().__init__()
         self.conv = nn.Sequential(conv(width, width), nn.ReLU(), conv(width, width), nn.ReLU(), conv(width, width))
@@ -30,7 +36,7 @@ class Block(nn.Module):
             self.pool = nn.Sequential(
                 nn.Conv2d(width, width * 4, 1, bias=False), nn.GroupNorm(4, width * 4), nn.ReLU(),
                 nn.Conv2d(width * 4, width, 1, bias=False))
-            nn.init.zeros_(self.pool[-1].weight)  # a fresh branch is silent: at random it drowns the block
+            nn.init.zeros_(self.pool[-1].weight)  # the branch starts at zero; at random it would drown the block
 
     def forward(self, x):
         if self.pool is not None:
@@ -38,50 +44,47 @@ class Block(nn.Module):
         return F.relu(self.conv(x) + x)
 
 
-# TAESD's; FLUX.2's, whose smallest blocks see the whole picture; Sana's, for factor 32
-VARIANTS = ("plain", "midblock_gn", "f32")
-
-
 def Encoder(latent_channels=4, factor=8, width=64, variant="plain"):
-    """[N,3,H,W] images in [0,1] -> [N,latent_channels,H/factor,W/factor] latents. By default 1,222,532 parameters."""
+    """Images [N,3,H,W] in [0,1] -> latents [N,latent_channels,H/factor,W/factor]. The default has 1,222,532 parameters.
+    """
     def down(gn=False):
         return conv(width, width, stride=2, bias=False), Block(width, gn), Block(width, gn), Block(width, gn)
-    if variant == "f32":  # two halvings in the stem
+    if variant == "f32":  # the stem already halves the image twice
         stem = conv(3, width // 2, stride=2), nn.ReLU(), conv(width // 2, width, stride=2), nn.ReLU()
-        halvings = stages(factor) - 2
+        n_down = halvings(factor) - 2
     else:
-        stem, halvings = (conv(3, width),), stages(factor)
-    return nn.Sequential(
-        *stem, Block(width),
-        *[layer for _ in range(halvings - 1) for layer in down()], *down(variant == "midblock_gn"),
-        conv(width, latent_channels),
-    )
+        stem, n_down = (conv(3, width),), halvings(factor)
+    layers = [*stem, Block(width)]
+    for _ in range(n_down - 1):
+        layers += down()
+    return nn.Sequential(*layers, *down(variant == "midblock_gn"), conv(width, latent_channels))
 
 
 def Decoder(latent_channels=4, factor=8, width=64, variant="plain"):
-    """[N,latent_channels,h,w] latents -> [N,3,h*factor,w*factor] images in [0,1], not clipped. 1,222,531 parameters."""
+    """Latents [N,latent_channels,h,w] -> images [N,3,h*factor,w*factor], about [0,1] but not clipped to it. The default
+    has 1,222,531 parameters.
+    """
     def up(n_in, n_out, gn=False):
-        blocks = Block(n_in, gn), Block(n_in, gn), Block(n_in, gn)
-        return *blocks, nn.Upsample(scale_factor=2), conv(n_in, n_out, bias=False)
-    widths = [width] * (stages(factor) + 1)
+        return (Block(n_in, gn), Block(n_in, gn), Block(n_in, gn), nn.Upsample(scale_factor=2),
+                conv(n_in, n_out, bias=False))
+    widths = [width] * (halvings(factor) + 1)
     if variant == "f32":
         widths[:2] = 4 * width, 2 * width
     to_image = conv(width, 3)
-    nn.init.constant_(to_image.bias, 0.5)  # a fresh decoder paints mid-grey, not black
-    return nn.Sequential(
-        Clamp(), conv(latent_channels, widths[0]), nn.ReLU(),
-        *up(*widths[:2], variant == "midblock_gn"),
-        *[layer for pair in zip(widths[1:], widths[2:]) for layer in up(*pair)],
-        Block(width), to_image,
-    )
+    nn.init.constant_(to_image.bias, 0.5)  # a fresh decoder draws mid-grey instead of black
+    layers = [Clamp(), conv(latent_channels, widths[0]), nn.ReLU(), *up(widths[0], widths[1], variant == "midblock_gn")]
+    for n_in, n_out in zip(widths[1:], widths[2:]):
+        layers += up(n_in, n_out)
+    return nn.Sequential(*layers, Block(width), to_image)
 
 
 class Discriminator(nn.Module):
-    """Is this patch real, given its latent? Images [N,3,H,W], latents [N,C,h,w] -> scores [N,5,h,w]: real +1, fake -1;
-    and its five layers' activations, a list of [N,c,H',W'].
+    """Judges whether each patch of an image is real, given the latent that belongs to it.
 
-    The image and the enlarged latent go in together; a 1x1 convolution reads a score at each of five depths, pooled to
-    the latent's size. No normalisation: it lets D judge a batch by its statistics, and colours drift.
+    Images [N,3,H,W] in [0,1] and latents [N,C,h,w] -> scores [N,5,h,w], high for real images, and the activations of
+    the five layers, a list of [N,c,H',W']. The enlarged latent enters together with the image. A 1x1 convolution reads
+    a score at each of five depths, and the scores are averaged to the size of the latent. There is no normalisation:
+    with it, D would judge a whole batch by its statistics, and colours would drift.
     """
     def __init__(self, latent_channels=4):
         super().__init__()
@@ -93,7 +96,8 @@ class Discriminator(nn.Module):
             nn.Conv2d(256, 256, 3, padding=1),
         ])
         self.scores = nn.ModuleList(nn.Conv2d(block.out_channels, 1, 1) for block in self.blocks)
-        # torch's own initialisation lets the signal fade: D would sleep for hundreds of steps
+        # With PyTorch's own initialisation the signal fades from layer to layer, and D learns nothing for hundreds of
+        # steps.
         for layer in (*self.blocks, *self.scores):
             nn.init.kaiming_normal_(layer.weight, 0.2)
             nn.init.zeros_(layer.bias)
@@ -105,22 +109,22 @@ class Discriminator(nn.Module):
             x = F.leaky_relu(block(x), 0.2)
             activations.append(x)
             scores.append(F.adaptive_avg_pool2d(score(x), latent.shape[-2:]))
-        return torch.cat(scores, 1), activations
+        return torch.cat(scores, 1).float(), activations
 
 
-def stages(factor):
-    """Factor 8 -> 3 halvings."""
+def halvings(factor):
+    """How often an image is halved: 3 times for factor 8. Raises ValueError unless factor is a power of two."""
     if factor < 2 or factor & (factor - 1):
         raise ValueError(f"factor={factor}: must be a power of two, 2 or more")
     return int(math.log2(factor))
 
 
-def parameters(module):
+def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def convolutions(module):
-    """The weights of its convolutions, first to last."""
+def conv_weights(module):
+    """The weights of the module's convolutions, first to last."""
     return [weight for weight in module.parameters() if weight.ndim == 4]
 
 
@@ -128,11 +132,12 @@ def convolutions(module):
 # optimizers
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: all directions in a layer's weights learn equally fast (Jordan et al. 2024).
+    """Momentum whose steps are orthogonalised, so that all directions in a layer's weights learn equally fast
+    (Jordan et al. 2024).
 
-    A convolution [out,in,k,k] is a matrix [out,in*k*k]. The steps are those of torch.optim.Muon with weight_decay=0 and
-    adjust_lr_fn="match_rms_adamw", which takes matrices only, one by one; here all of one shape are multiplied
-    together, in dtype.
+    A convolution [out,in,k,k] is treated as a matrix [out,in*k*k]. The steps are those of torch.optim.Muon with
+    weight_decay=0 and adjust_lr_fn="match_rms_adamw". That class takes only matrices and multiplies them one by one;
+    this one multiplies all matrices of one shape together, in `dtype`.
     """
     def __init__(self, weights, lr=1e-3, momentum=0.95, dtype=torch.float32):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
@@ -152,16 +157,18 @@ class Muon(torch.optim.Optimizer):
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
             momentum = [self.state[weight]["momentum"] for weight in weights]
             torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
-            steps = torch.stack(torch._foreach_lerp(gradients, momentum, group["momentum"])).flatten(2)  # Nesterov's
-            size = 0.2 * max(steps.shape[1:]) ** 0.5  # makes their root mean square that of Adam's steps
-            steps = orthogonal(steps.to(self.dtype)).to(weights[0].dtype) * (-group["lr"] * size)
+            nesterov = torch._foreach_lerp(gradients, momentum, group["momentum"])
+            matrices = torch.stack(nesterov).flatten(2)
+            # this factor gives the steps the root mean square of Adam's, so that both can use one learning rate
+            scale = 0.2 * max(matrices.shape[1:]) ** 0.5
+            steps = orthogonalize(matrices.to(self.dtype)).to(weights[0].dtype) * (-group["lr"] * scale)
             torch._foreach_add_(weights, list(steps.unflatten(2, weights[0].shape[1:]).unbind()))
 
 
-def orthogonal(matrices):
-    """[B,m,n]: the same matrices with all singular values near 1, by five Newton-Schulz iterations."""
+def orthogonalize(matrices):
+    """Matrices [B,m,n] -> the same with all singular values near 1, by five Newton-Schulz iterations."""
     if matrices.shape[1] > matrices.shape[2]:
-        return orthogonal(matrices.mT).mT
+        return orthogonalize(matrices.mT).mT
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         a = x @ x.mT
@@ -169,8 +176,8 @@ def orthogonal(matrices):
     return x
 
 
-class Together:
-    """Optimizers of different weights as one: a GradScaler lets all step, or none where a gradient overflowed."""
+class CombinedOptimizer:
+    """Several optimizers that act as one. With a GradScaler, either all of them take a step or none does."""
     def __init__(self, **optimizers):
         self.optimizers = optimizers
 
@@ -194,10 +201,13 @@ class Together:
             optimizer.load_state_dict(state[name])
 
 
-def optimizer_of(parameters, by_muon, adam, dtype):
-    """Muon, computing in dtype, for the weights in `by_muon`; for all others `adam`, called with the list of them."""
-    others = [weight for weight in parameters if not any(weight is one for one in by_muon)]
-    optimizers = {"adam": adam(others, fused=others[0].device.type != "mps")} if others else {}
-    if by_muon:
-        optimizers["muon"] = Muon(by_muon, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    return Together(**optimizers)
+def make_optimizer(parameters, muon_weights, adam, dtype):
+    """Muon for `muon_weights`, `adam` (called with a list of weights) for all other parameters."""
+    by_muon = {id(weight) for weight in muon_weights}
+    others = [weight for weight in parameters if id(weight) not in by_muon]
+    optimizers = {}
+    if others:
+        optimizers["adam"] = adam(others, fused=others[0].device.type != "mps")
+    if muon_weights:
+        optimizers["muon"] = Muon(muon_weights, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    return CombinedOptimizer(**optimizers)

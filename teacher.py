@@ -1,7 +1,8 @@
 """The VAE that the student imitates, behind one convention.
 
-`Teacher` is the only code that knows [-1,1] images, scaling and shift factors, posteriors and classes of diffusers:
-everything outside it is [0,1] images and latents about N(0,1). To look at one: python sample.py --teacher=sdxl
+Teacher is the only code that knows [-1,1] images, scaling and shift factors, posteriors and the classes of diffusers.
+Everywhere else, images are in [0,1] and latents have about zero mean and unit variance. To look at a teacher, run
+`python sample.py --teacher=sdxl`.
 """
 import difflib
 import os
@@ -9,54 +10,53 @@ import os
 import torch
 import torch.nn.functional as F
 
-from support.configure import stop
+from support.config import fail
 from support.files import load_taesd
-from support.hub import is_hub_id, load_autoencoder
 
 NAMES = {
     "toy": os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "toy_vae"),
     "sd": "stabilityai/sd-vae-ft-ema",
     "sd-mse": "stabilityai/sd-vae-ft-mse",
-    "sdxl": "madebyollin/sdxl-vae-fp16-fix",  # the original overflows in float16
+    "sdxl": "madebyollin/sdxl-vae-fp16-fix",  # the original VAE overflows in float16
 }
-
-
 SUPPORTED = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderDC", "AutoencoderKLQwenImage", "AutoencoderKLWan",
              "AutoencoderTiny")
+VARIANT_OF = {"AutoencoderKLFlux2": "midblock_gn", "AutoencoderDC": "f32"}  # all others: plain
 
 
 class Teacher:
-    """A frozen VAE behind one convention: [0,1] images, NCHW; latents of about zero mean and unit variance.
+    """A frozen VAE behind one convention: images [N,3,H,W] in [0,1], latents of about zero mean and unit variance.
 
-    name: `toy`, `sd`, `sd-mse`, `sdxl`; a diffusers folder; a hub id, `owner/repo` or `owner/repo::subfolder`; a file
-    in the original layout, `vae.safetensors` or `vae.ckpt` (`::folder` names a folder with its config.json, otherwise
-    diffusers looks it up on the hub); or the encoder of a taesd.py pair, `path/taef2_encoder.pth`, its `_decoder.pth`
-    beside it.
+    name: `toy`, `sd`, `sd-mse` or `sdxl`; a diffusers folder; a hub id, `owner/repo` or `owner/repo::subfolder`; a file
+    in the original layout, `vae.safetensors` or `vae.ckpt` (`vae.ckpt::folder` names a folder with its config.json,
+    otherwise diffusers looks it up on the hub); or the encoder of a taesd.py pair, `path/taef2_encoder.pth`, with its
+    `_decoder.pth` beside it.
 
-    Has `latent_channels`, `factor` (pixels per latent along a side), `multiple` (which sides of images must be) and the
-    `mean` and `std` of raw latents, numbers or [1,C,1,1], all from the VAE's own files; and the `student_variant` that
-    suits it. Computes in `dtype`; takes and gives float32. Stops with one line if the VAE cannot be had.
+    Attributes: `latent_channels`; `factor`, the pixels per latent along a side; `multiple`, of which the sides of all
+    images must be multiples; `mean` and `std` of the raw latents, numbers or [1,C,1,1], read from the VAE's own files;
+    `student_variant`, the variant of the student that suits it. It computes in `dtype`; inputs and outputs are float32.
+    The program ends with one line if the VAE cannot be loaded.
     """
     def __init__(self, name, device="cpu", dtype=torch.float32):
         name, self.device, self.dtype = str(name), torch.device(device), dtype
         self.mean, self.std, self.image_range = 0.0, 1.0, (0, 1)
-        self.patch = 1     # FLUX.2 normalises each place of a 2x2 patch of latents by its own statistics
+        self.patch = 1      # FLUX.2 normalises each of the four places in a 2x2 patch of latents separately
         self.video = False  # made for [N,3,frames,H,W]
+        self.student_variant = "plain"
         if name.endswith(".pth"):
             (encoder, shape), (decoder, _) = load_taesd(name), load_taesd(partner(name))
             self.vae = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(dtype)
             self.raw_encode, self.raw_decode = encoder, decoder
             self.class_name, self.student_variant = "taesd.py pair", shape["variant"]
         else:
-            self.vae = vae = load_autoencoder(known(name), SUPPORTED, dtype, f"--teacher={name}")
-            self.class_name, self.dtype, self.image_range = type(vae).__name__, vae.dtype, (-1, 1)
-            self.raw_encode, self.raw_decode = self.encode_by_diffusers, lambda latents: vae.decode(latents).sample
-            variants = {"AutoencoderKLFlux2": "midblock_gn", "AutoencoderDC": "f32"}
-            self.student_variant = variants.get(self.class_name, "plain")
+            self.vae = load_autoencoder(resolve(name), SUPPORTED, dtype, f"--teacher={name}")
+            self.class_name, self.dtype, self.image_range = type(self.vae).__name__, self.vae.dtype, (-1, 1)
+            self.raw_encode, self.raw_decode = self.diffusers_encode, lambda latents: self.vae.decode(latents).sample
+            self.student_variant = VARIANT_OF.get(self.class_name, "plain")
             self.video = self.class_name in ("AutoencoderKLQwenImage", "AutoencoderKLWan")
-            self.read_normalisation(vae)
+            self.read_normalisation(self.vae)
         self.vae.to(self.device).eval().requires_grad_(False)
-        if not self.video:  # channels_last is for 4-D weights only
+        if not self.video:  # channels_last is for four dimensions only
             self.vae.to(memory_format=torch.channels_last)
         self.parameters = sum(p.numel() for p in self.vae.parameters())
         side = 64 * self.patch
@@ -67,7 +67,7 @@ class Teacher:
             self.student_variant = "plain"
 
     def read_normalisation(self, vae):
-        """Sets mean and std from the VAE's config, or, for FLUX.2, from its batch-norm statistics."""
+        """Set mean and std from the VAE's config or, for FLUX.2, from its batch-norm statistics."""
         def per_channel(values):
             return torch.as_tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
         config = vae.config
@@ -82,20 +82,26 @@ class Teacher:
             self.mean, self.std = config.get("shift_factor") or 0.0, 1 / (config.get("scaling_factor") or 1.0)
 
     def __str__(self):
-        if torch.is_tensor(self.mean):
-            scale = "mean and standard deviation by channel" + ", in patches of 2x2" * (self.patch > 1)
-        else:
+        scale = "mean and standard deviation per channel"
+        if self.patch > 1:
+            scale += ", in patches of 2x2"
+        if not torch.is_tensor(self.mean):
             scale = f"scaling factor {1 / self.std:g}, shift {self.mean:g}"
         return (f"{self.class_name}, {self.parameters:,} parameters, factor {self.factor}, {self.latent_channels} "
                 f"channels, {scale}")
 
-    def encode_by_diffusers(self, images):
-        found = self.vae.encode(images)
-        return found.latent_dist.mode() if hasattr(found, "latent_dist") else found[0]  # .latent or .latents
+    def check_side(self, setting, side):
+        """Fail unless `side`, in pixels, can be the side of a training crop or of a held-out image."""
+        if side < 16 or side % self.multiple:
+            fail(f"--{setting}={side}: must be 16 or more and a multiple of {self.multiple} for this teacher")
+
+    def diffusers_encode(self, images):
+        output = self.vae.encode(images)
+        return output.latent_dist.mode() if hasattr(output, "latent_dist") else output[0]  # .latent or .latents
 
     @torch.no_grad()
     def encode(self, images):
-        """[N,3,H,W] images in [0,1], sides multiples of `multiple` -> [N,latent_channels,H/factor,W/factor] ~ N(0,1)"""
+        """Images [N,3,H,W] in [0,1], sides multiples of `multiple` -> latents [N,latent_channels,H/factor,W/factor]."""
         low, high = self.image_range
         images = (images * (high - low) + low).to(self.device, self.dtype, memory_format=torch.channels_last)
         latents = (self.raw_encode(images.unsqueeze(2)).squeeze(2) if self.video else self.raw_encode(images)).float()
@@ -103,7 +109,7 @@ class Teacher:
 
     @torch.no_grad()
     def decode(self, latents):
-        """[N,latent_channels,h,w] latents ~ N(0,1) -> [N,3,h*factor,w*factor] images in [0,1]."""
+        """Latents [N,latent_channels,h,w] -> images [N,3,h*factor,w*factor] in [0,1]."""
         low, high = self.image_range
         latents = F.pixel_unshuffle(latents.to(self.device).float(), self.patch) * self.std + self.mean
         latents = F.pixel_shuffle(latents, self.patch).to(self.dtype, memory_format=torch.channels_last)
@@ -111,13 +117,13 @@ class Teacher:
         return ((images - low) / (high - low)).clamp(0, 1)
 
 
-def known(name):
-    """A name in NAMES -> its folder or hub id; other places as they are. Stops with one line if it can be neither."""
+def resolve(name):
+    """One of NAMES -> its folder or hub id; other places as they are. Fails if `name` can be neither."""
     where = NAMES.get(name, name)
     place = where.partition("::")[0]
     if not (os.path.isdir(place) or is_hub_id(place) or place.endswith((".safetensors", ".ckpt", ".sft"))):
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)[0]
-        stop(f"--teacher={name}: no such folder and no known name (did you mean {near}?); it takes {', '.join(NAMES)}, "
+        fail(f"--teacher={name}: no such folder and no known name (did you mean {near}?); it takes {', '.join(NAMES)}, "
              f"a diffusers folder, a hub id owner/repo, a .safetensors or .ckpt file, or a taesd.py pair's encoder.pth")
     return where
 
@@ -126,8 +132,77 @@ def partner(encoder_path):
     """path/taef2_encoder.pth -> path/taef2_decoder.pth"""
     folder, name = os.path.split(encoder_path)
     if "encoder" not in name:
-        stop(f"--teacher={encoder_path}: name the encoder of a pair, taesd_encoder.pth beside taesd_decoder.pth")
+        fail(f"--teacher={encoder_path}: name the encoder of a pair, taesd_encoder.pth beside taesd_decoder.pth")
     decoder_path = os.path.join(folder, name.replace("encoder", "decoder"))
     if os.path.isfile(encoder_path) and not os.path.isfile(decoder_path):
-        stop(f"--teacher={encoder_path}: its other half, {decoder_path}, is missing; a teacher needs both")
+        fail(f"--teacher={encoder_path}: its other half, {decoder_path}, is missing; a teacher needs both")
     return decoder_path
+
+
+# -----------------------------------------------------------------------------
+# VAEs of diffusers
+
+def load_autoencoder(where, supported, dtype, written):
+    """A diffusers VAE of one of the `supported` classes. written: what the user wrote, for errors.
+
+    where: a folder, of the VAE or of a whole pipeline; a hub id, `owner/repo` or `owner/repo::subfolder`; or a file in
+    the original layout, `vae.safetensors::folder`. A VAE whose config says that it overflows in float16 (force_upcast)
+    is loaded in float32. The program ends with one line if it cannot be loaded.
+    """
+    import diffusers  # takes seconds, so it is imported only where it is needed
+    where, _, subfolder = where.partition("::")
+    single_file = where.endswith((".safetensors", ".ckpt", ".sft"))
+    if single_file:
+        if not os.path.isfile(where):
+            fail(f"{written}: no such file")
+    elif os.path.isdir(where):
+        if not subfolder and os.path.isfile(os.path.join(where, "vae", "config.json")):
+            subfolder = "vae"  # a whole pipeline
+        if not os.path.isfile(os.path.join(where, subfolder, "config.json")):
+            fail(f"{written}: the folder holds no config.json, so it is not a diffusers VAE (of a taesd.py pair, name "
+                 f"the encoder.pth itself)")
+    else:
+        check_hub(written, where, f"{subfolder}/config.json".lstrip("/"))
+    try:
+        if single_file:
+            vae = diffusers.AutoencoderKL.from_single_file(where, config=subfolder or None)
+            return vae if overflows(vae.config, dtype) else torch.nn.Module.to(vae, dtype)
+        config = diffusers.AutoencoderKL.load_config(where, subfolder=subfolder or None)
+        kind = config.get("_class_name")
+        if overflows(config, dtype):
+            dtype = torch.float32
+        if kind in supported:
+            return getattr(diffusers, kind).from_pretrained(where, subfolder=subfolder or None, torch_dtype=dtype,
+                                                            low_cpu_mem_usage=False)
+    except Exception as error:  # weights are missing, cut off or do not fit; each library raises an error of its own
+        fail(f"{written}: could not be loaded: {str(error)[:300]}")
+    fail(f"{written}: its class is {kind}; supported are {', '.join(supported)} and taesd.py files")
+
+
+def overflows(config, dtype):
+    return dtype == torch.float16 and config.get("force_upcast", True)
+
+
+def is_hub_id(name):
+    return name.count("/") == 1 and name[0] not in "./~"
+
+
+def check_hub(written, repo, filename):
+    """Fail with the true reason if a file is neither cached nor on a hub that can be reached (diffusers would blame the
+    file)."""
+    import huggingface_hub as hub
+    try:
+        hub.hf_hub_download(repo, filename, local_files_only=True)
+        return
+    except Exception:  # it is not in the cache, or the name is not even one of a repository
+        pass
+    try:
+        hub.get_session().head(hub.constants.ENDPOINT, timeout=10)  # hf_hub_download would retry for half a minute
+    except Exception as error:
+        fail(f"{written}: not in the local cache, and {hub.constants.ENDPOINT} could not be reached "
+             f"({type(error).__name__}); a local diffusers folder will do, too, and --teacher=toy needs no network")
+    try:
+        hub.hf_hub_download(repo, filename)
+    except Exception as error:  # no such repository, or it is private, or its VAE is in a subfolder
+        fail(f"{written}: {type(error).__name__} for {filename}: {error} (a VAE in a subfolder: {repo}::vae; a private "
+             f"or gated repository: hf auth login)")

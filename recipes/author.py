@@ -6,5 +6,5 @@ discriminator_lr = 3e-4
 cooldown = 0.0
 window = 0
 mse_weight = 0.0
-matching_weight = 0.0
+feature_matching_weight = 0.0
 encoder_feature_weight = 0.0

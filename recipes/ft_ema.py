@@ -2,7 +2,7 @@
 l1_weight = 1.0
 mse_weight = 0.0
 lowres_weight = 0.0
-matching_weight = 0.0
+feature_matching_weight = 0.0
 encoder_feature_weight = 0.0
 lpips_weight = 1.0  # pip install lpips
 adversarial_form = "hinge"

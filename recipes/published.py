@@ -1,28 +1,25 @@
-"""Terms of the loss that only the published recipes beside this file use: train.py can be read without them.
+"""Losses that only the published recipes in this folder use. train.py can be read without them.
 
-fake, real: images [N,3,H,W] in [0,1]; scores: the discriminator's, large for real.
+fake, real: images [N,3,H,W] in [0,1]. Scores are the discriminator's, high for real images.
 """
 import torch
 import torch.nn.functional as F
 
-from support.configure import stop
+from support.config import fail
 
 
 def hinge_discriminator_loss(real_scores, fake_scores):
-    """What D minimises in CompVis/latent-diffusion: only scores between -1 and 1 count."""
+    """D's loss in CompVis/latent-diffusion, in which only scores between -1 and 1 count."""
     return F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean()
 
 
 def hinge_adversarial_loss(real_scores, fake_scores):
-    """What its decoder minimises: not relativistic, the real image does not matter."""
+    """The decoder's loss there. It is not relativistic: the scores of the real images do not matter."""
     return -fake_scores.mean()
 
 
-FORMS = {"hinge": (hinge_discriminator_loss, hinge_adversarial_loss)}
-
-
 def frequency_l1(fake, real):
-    """L1 of the amplitudes of the 2-D Fourier transform: how much of each frequency there is, wherever it lies."""
+    """L1 of the amplitudes of the 2-D Fourier transform: how much there is of each frequency, regardless of where."""
     return F.l1_loss(torch.fft.rfft2(fake, norm="ortho").abs(), torch.fft.rfft2(real, norm="ortho").abs())
 
 
@@ -31,29 +28,30 @@ def lpips(device):
     try:
         from lpips import LPIPS
         distance = LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
-    except Exception as error:  # not installed, or its VGG weights cannot be downloaded
-        stop(f"--lpips_weight: needs the lpips package and its VGG weights ({error}); pip install lpips, or "
+    except Exception as error:  # the package is not installed, or its VGG weights cannot be downloaded
+        fail(f"--lpips_weight: needs the lpips package and its VGG weights ({error}); pip install lpips, or "
              f"--lpips_weight=0")
     return lambda fake, real: distance(fake * 2 - 1, real * 2 - 1).mean()
 
 
-# What takes the adversarial loss's place: functions of it, the fakes, the loss so far, the decoder's last weight, and
-# the GradScaler
+# Functions that replace the adversarial loss by one with a gradient of another size. They take the adversarial loss, the
+# fakes, the sum of the losses so far, the decoder's last weight, and the GradScaler.
 
-def unit_gradient(adversarial, fake, loss, layer, scaler):
-    """A stand-in for the adversarial loss: its gradient on the fakes has a standard deviation of 1 / fake.numel() over
-    the batch, so it can neither vanish nor explode (seraena)."""
-    gradient = torch.autograd.grad(scaler.scale(adversarial), fake, retain_graph=True)[0]  # matching needs it, too
+def unit_gradient(adversarial, fake, total, last_weight, scaler):
+    """A loss whose gradient on the fakes has a standard deviation of 1 / fake.numel() over the batch, so that it can
+    neither vanish nor explode (seraena)."""
+    gradient = torch.autograd.grad(scaler.scale(adversarial), fake, retain_graph=True)[0]
     return (fake * gradient / (gradient.std() + 1e-12)).mean()
 
 
-def adaptive(adversarial, fake, loss, layer, scaler):
-    """The adversarial loss times the weight that makes its gradient at `layer`, the decoder's last, as large as that of
-    the loss so far: of the pixels', for the encoder's has none there (VQGAN, CompVis/latent-diffusion)."""
-    gradient, of_adversarial = (torch.autograd.grad(scaler.scale(each), layer, retain_graph=True)[0].norm()
-                                for each in (loss, adversarial))
-    little = scaler.scale(torch.full_like(gradient, 1e-4))
-    return adversarial * (gradient / (of_adversarial + little)).clamp(0, 1e4).detach()
+def adaptive(adversarial, fake, total, last_weight, scaler):
+    """The adversarial loss times the weight that makes its gradient at the decoder's last layer as large as that of the
+    pixel losses (VQGAN, CompVis/latent-diffusion). The encoder's losses have no gradient there."""
+    pixel_norm, adversarial_norm = (
+        torch.autograd.grad(scaler.scale(loss), last_weight, retain_graph=True)[0].norm()
+        for loss in (total, adversarial))
+    epsilon = scaler.scale(torch.full_like(pixel_norm, 1e-4))
+    return adversarial * (pixel_norm / (adversarial_norm + epsilon)).clamp(0, 1e4).detach()
 
 
 SCALINGS = {"unit": unit_gradient, "adaptive": adaptive}

@@ -1,37 +1,43 @@
-"""What sample.py stands on: students to set side by side, how fast they are, a table of their figures."""
+"""What sample.py needs to compare students: their weights, speed and sizes, a table, and whole pictures."""
 import importlib.util
 import os
 import time
 
-from recipes import published
-from support.configure import stop
-from support.files import load_student, student
+import numpy as np
+import torch
+from PIL import Image, ImageOps
 
-# name of a figure: (its heading, its format)
+from recipes import published
+from support.checkpoint import build_student, load_student
+from support.colors import to_eight_bits, to_srgb
+from support.config import fail
+
+# metric: (heading, format)
 COLUMNS = {"psnr": ("PSNR dB", "8.2f"), "ssim": ("SSIM", "7.4f"), "lowres_mse": ("lowres MSE", "11.6f"),
            "sharpness": ("sharpness", "10.3f"), "lpips": ("LPIPS", "7.4f"), "latent_mse": ("latent MSE", "11.4f"),
            "latent_mean_error": ("mean error", "11.3f"), "latent_std_error": ("std error", "10.3f"),
            "decode_ms": ("decode ms", "10.1f"), "megabytes": ("MB", "7.1f"), "parameters": ("parameters", "12,")}
+LARGEST = 2048  # longer side of a whole picture in pixels; a student of width 64 needs 4 GB for one of this size
 
 
 def load_students(checkpoint, compare, vae):
-    """{label: {"encoder": network, "decoder": network}} of a run, if there is one, and of other weights, if named."""
-    students = {"our": student(checkpoint)} if checkpoint else {}
+    """{label: {"encoder": network, "decoder": network}} of a run, or None, and of other weights, or ''."""
+    students = {"our": build_student(checkpoint)} if checkpoint else {}
     if compare:
         other = load_student(compare, "--compare")
-        theirs = [other["shape"][name] for name in ("latent_channels", "factor")]
-        if theirs != [vae.latent_channels, vae.factor]:
-            stop(f"--compare={compare}: has {theirs[0]} channels at factor {theirs[1]}, the teacher "
-                 f"{vae.latent_channels} at {vae.factor}")
-        students[f"{os.path.basename(os.path.normpath(compare))[:18]}:"] = student(other)
+        channels, factor = other["shape"]["latent_channels"], other["shape"]["factor"]
+        if (channels, factor) != (vae.latent_channels, vae.factor):
+            fail(f"--compare={compare}: has {channels} channels at factor {factor}, the teacher {vae.latent_channels} "
+                 f"at {vae.factor}")
+        students[f"{os.path.basename(os.path.normpath(compare))[:18]}:"] = build_student(other)
     for networks in students.values():
         for network in networks.values():
             network.to(vae.device)
     return students
 
 
-def lpips_if_there(place):
-    """The perceptual distance of fake and real images, where the lpips package and its weights are, or None."""
+def load_lpips(place):
+    """The perceptual distance of fake and real images, or None where the lpips package or its weights are missing."""
     if importlib.util.find_spec("lpips"):
         try:
             return published.lpips(place)
@@ -40,7 +46,7 @@ def lpips_if_there(place):
 
 
 def milliseconds(decode, latents):
-    """Time to decode the first of the latents: median of 5 runs after one to warm up."""
+    """Time to decode the first of the latents: the median of five runs, after one to warm up."""
     times = []
     for _ in range(6):
         start = time.perf_counter()
@@ -50,16 +56,57 @@ def milliseconds(decode, latents):
 
 
 def megabytes(module):
-    """Of its weights."""
     return sum(weight.numel() * weight.element_size() for weight in module.parameters()) / 2**20
 
 
 def print_table(rows):
-    """rows: {label: {name of a figure: its value}}; a column for each figure that any of them has."""
-    wide = max(24, *map(len, rows))
-    shown = {name: column for name, column in COLUMNS.items() if any(name in figures for figures in rows.values())}
-    width = {name: int(form.split(".")[0].rstrip(",")) for name, (_, form) in shown.items()}
-    print(" " * wide, *(f"{title:>{width[name]}}" for name, (title, _) in shown.items()))
-    for label, figures in rows.items():
-        print(f"{label:{wide}}", *(f"{figures[name]:{form}}" if name in figures else " " * width[name]
-                                   for name, (_, form) in shown.items()))
+    """rows: {label: {metric: value}}. There is a column for each metric that any of them has."""
+    label_width = max(24, *map(len, rows))
+    columns = {name: column for name, column in COLUMNS.items() if any(name in metrics for metrics in rows.values())}
+    width = {name: int(form.split(".")[0].rstrip(",")) for name, (_, form) in columns.items()}
+    print(" " * label_width, *(f"{title:>{width[name]}}" for name, (title, _) in columns.items()))
+    for label, metrics in rows.items():
+        cells = [f"{metrics[name]:{form}}" if name in metrics else " " * width[name]
+                 for name, (_, form) in columns.items()]
+        print(f"{label:{label_width}}", *cells)
+
+
+# -----------------------------------------------------------------------------
+# whole pictures, to look at faces, lettering and skies
+
+def whole_picture(path, multiple):
+    """A file at its own size, upright, on white, in sRGB, as [H,W,3] uint8. Its longer side has at most LARGEST pixels,
+    and its centre is cut to multiples of `multiple` pixels."""
+    with Image.open(path) as image:
+        image = to_srgb(ImageOps.exif_transpose(to_eight_bits(image)), image.info.get("icc_profile"))
+    image.thumbnail((LARGEST, LARGEST), Image.Resampling.BICUBIC)
+    width, height = (side // multiple * multiple for side in image.size)
+    if not width * height:
+        raise ValueError(f"{image.width}x{image.height} pixels: the shorter side must be {multiple} or more")
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.array(image.convert("RGB").crop((left, top, left + width, top + height)))
+
+
+def draw_whole(vae, students, images, count, folder, save_picture):
+    """Write the first `count` readable held-out images, one file each, with the original, the teacher's picture and
+    those of the students' decoders side by side."""
+    if vae.class_name in ("AutoencoderKL", "AutoencoderKLFlux2"):  # these can process large images in tiles
+        vae.vae.enable_tiling()
+        vae.vae.tile_sample_min_size, vae.vae.tile_latent_min_size = 1024, 1024 // vae.factor
+    common = os.path.commonpath([os.path.dirname(path) for path in images.val])
+    for path in images.val:
+        pixels = images.attempt(whole_picture, path, vae.multiple) if count else None
+        if pixels is None:
+            continue
+        count -= 1
+        real = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(vae.device) / 255
+        latent = vae.encode(real)
+        shown = {"original": real, "teacher": vae.decode(latent)}
+        for label, networks in students.items():
+            if "decoder" in networks:
+                shown[label.rstrip(":")] = networks["decoder"](latent).clamp(0, 1)
+        target = os.path.join(folder, os.path.relpath(path, common).replace(os.sep, "_") + ".png")
+        save_picture({" | ".join(shown): torch.cat(list(shown.values()))}, target)
+        print(f"wrote {target}, {real.shape[-1]}x{real.shape[-2]} each: {' | '.join(shown)}", flush=True)

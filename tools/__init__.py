@@ -1,1 +1,1 @@
-"""Programs beside the trainer: python -m tools.bench, python -m tools.train_vae."""
+"""Programs next to the trainer. Start them as modules, for example: python -m tools.bench"""

@@ -1,6 +1,6 @@
-"""Train a small AutoencoderKL of any factor (L1 + a small KL term) and measure its scaling factor: a teacher to be.
+"""Train a small AutoencoderKL of any factor, with an L1 and a small KL loss, to be a teacher for train.py.
 
-    python -m tools.train_vae --out_dir=vae      # 27 minutes on one core; so `toy` was made
+    python -m tools.train_vae --out_dir=vae      # the `toy` teacher was made this way, in 27 minutes on one core
     python -m tools.train_vae --factor=16 --latent_channels=16 --data_dir=photos --out_dir=f16
     python train.py --teacher=f16
 """
@@ -14,76 +14,74 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from data import Images, batches
-from model import convolutions, optimizer_of
-from sample import picture, psnr
-from support.configure import configure, pick_device, pick_dtype, require_positive, stop
-from support.files import DIFFUSERS_FILES, save_file
+from model import conv_weights, make_optimizer
+from sample import psnr, save_picture
+from support.config import configure, fail, require_positive
+from support.device import pick_device, pick_dtype
 from teacher import Teacher
 
 # -----------------------------------------------------------------------------
 # settings
-out_dir = "vae"            # the VAE goes here: a diffusers folder, ready for train.py --teacher=
+out_dir = "vae"            # new folder for the VAE, in the format of diffusers, which train.py --teacher= reads
 data_dir = ""              # folder of images, searched recursively; '' = the bundled photographs
 val_dir = ""               # folder of held-out images; '' = 5% of data_dir
-factor = 8                 # pixels per latent along each side: 4, 8, 16, 32
+factor = 8                 # pixels per latent along each side: 2, 4, 8, 16, 32
 latent_channels = 4        # channels of the latent
 vae_width = 32             # channels of every layer, a multiple of 8
 crop = 64                  # training crop in pixels, a multiple of the factor
-batch_size = 16            # crops a step
+batch_size = 16            # crops per step
 max_iters = 3000           # steps
-learning_rate = 2e-3       # of Muon and AdamW, after 5% of the steps; then it falls to 0 as a cosine
-kl_weight = 3e-4           # of the KL divergence per latent element, next to L1 per colour value
+learning_rate = 2e-3       # of Muon and AdamW, reached after 5% of the steps; then it falls to 0 along a cosine
+kl_weight = 3e-4           # of the KL divergence per latent element; the L1 loss per colour value has weight 1
 seed = 0                   # of the weights and of the crops
 device = "auto"            # auto, cuda, mps or cpu
-workers = 2                # threads that make crops
 # -----------------------------------------------------------------------------
 
 
 def initialize(vae):
-    """Residual blocks start as the identity, convolutions keep the variance, the posterior starts with little noise.
-
-    With torch's own initialisation, pictures stay grey for thousands of steps.
-    """
-    for layer in vae.modules():
+    """Residual blocks start as the identity, other convolutions keep the variance, and the posterior has little noise.
+    With PyTorch's own initialisation, pictures stay grey for thousands of steps."""
+    for name, layer in vae.named_modules():
         if isinstance(layer, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
             torch.nn.init.zeros_(layer.bias)
-    for block in vae.modules():
-        if type(block).__name__ == "ResnetBlock2D":
-            torch.nn.init.zeros_(block.conv2.weight)
-    torch.nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels:], -6)
+            if name.endswith(".conv2"):  # the last layer of a residual block
+                torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels:], -6)  # the logarithm of the variance
 
 
-def check_settings(settings):
-    require_positive(settings, "latent_channels", "batch_size", "max_iters", "workers", "learning_rate")
-    if os.path.isdir(out_dir) and os.listdir(out_dir):
-        stop(f"--out_dir={out_dir}: holds files already; choose a new folder")
+def check_settings():
+    require_positive(globals(), "latent_channels", "batch_size", "max_iters", "learning_rate")
+    if os.path.isfile(out_dir) or os.path.isdir(out_dir) and os.listdir(out_dir):
+        fail(f"--out_dir={out_dir}: is a file or holds files already; choose a new folder")
     if factor < 2 or factor & (factor - 1):
-        stop(f"--factor={factor}: must be a power of two, 2 or more")
+        fail(f"--factor={factor}: must be a power of two, 2 or more")
     if crop % factor or crop < 16:
-        stop(f"--crop={crop}: must be 16 or more and a multiple of the factor, {factor}")
+        fail(f"--crop={crop}: must be 16 or more and a multiple of the factor, {factor}")
     if vae_width % 8 or vae_width < 8:
-        stop(f"--vae_width={vae_width}: must be a multiple of 8")
+        fail(f"--vae_width={vae_width}: must be a multiple of 8")
 
 
 def train(vae, images, place):
     dtype = pick_dtype("auto", place)
-    amp = torch.autocast(place.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = torch.autocast(place.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0)
-    hidden = convolutions(vae.encoder)[1:-1] + convolutions(vae.decoder)[1:-1]
-    optimizer = optimizer_of([*vae.parameters()], hidden, adam, dtype)
-    loader, start = batches(images, crop, batch_size, 0.07, seed, workers), time.time()
+    inner_weights = conv_weights(vae.encoder)[1:-1] + conv_weights(vae.decoder)[1:-1]
+    optimizer = make_optimizer([*vae.parameters()], inner_weights, adam, dtype)
+    loader = batches(images, crop, batch_size, color_augment=0.07, seed=seed, workers=0)
+    start = time.time()
     for step in range(max_iters):
         real = next(loader).to(place) / 127.5 - 1
-        with amp:
+        with autocast:
             posterior = vae.encode(real).latent_dist
             fake = vae.decode(posterior.sample()).sample.float()
-        # L1 of the pixels and of 8x8 patches: the second is for the colours, which pixels alone learn late
+        # The second L1 loss, of 8x8 patches, is for the colours, which are learned late from single pixels.
         l1 = F.l1_loss(fake, real) + F.l1_loss(F.avg_pool2d(fake, 8), F.avg_pool2d(real, 8))
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        done = step / max_iters
+        warm_up = (step + 1) / (0.05 * max_iters)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / max_iters)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / (0.05 * max_iters), 0.5 + 0.5 * math.cos(math.pi * done))
+            group["lr"] = learning_rate * min(1, warm_up, cosine)
         optimizer.zero_grad()
         (l1 + kl_weight * kl).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -94,17 +92,18 @@ def train(vae, images, place):
                   f"{(max_iters - step) / rate / 60:.1f} min left", flush=True)
         if step % 500 == 0:
             rows = {"original": real[:8] / 2 + 0.5, f"round trip, step {step}": fake[:8] / 2 + 0.5}
-            picture(rows, os.path.normpath(out_dir) + ".png")
+            save_picture(rows, os.path.normpath(out_dir) + ".png")
     loader.close()
 
 
 def main():
-    check_settings(globals())
-    place, depth = pick_device(device), factor.bit_length()  # factor 8: four stages, three halvings
+    check_settings()
+    place = pick_device(device)
+    stages = factor.bit_length()  # factor 8 has four stages, and the image is halved between them
     torch.manual_seed(seed)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * depth, up_block_types=("UpDecoderBlock2D",) * depth,
-        block_out_channels=(vae_width,) * depth, norm_num_groups=8, latent_channels=latent_channels,
+        down_block_types=("DownEncoderBlock2D",) * stages, up_block_types=("UpDecoderBlock2D",) * stages,
+        block_out_channels=(vae_width,) * stages, norm_num_groups=8, latent_channels=latent_channels,
         mid_block_add_attention=False, force_upcast=False).to(place)
     initialize(vae)
     images = Images(data_dir, val_dir)
@@ -113,18 +112,19 @@ def main():
     vae.eval().requires_grad_(False)
     latents = vae.encode(images.held_out(64, crop).to(place) / 127.5 - 1).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    torch.nn.Module.to(vae, torch.float16)  # half the size; the method of diffusers would warn
-    save_file(out_dir, vae.save_pretrained, names=DIFFUSERS_FILES)
+    torch.nn.Module.to(vae, torch.float16)  # halves the file; vae.to would print a warning
+    vae.save_pretrained(out_dir)
 
     teacher = Teacher(out_dir, place)
     held_out = images.held_out(8, 256).to(place) / 255
     latents = teacher.encode(held_out)
     round_trip = teacher.decode(latents)
-    picture({"original": held_out, "round trip": round_trip}, os.path.normpath(out_dir) + ".png")
-    mean, std = (" ".join(f"{v:.2f}" for v in values) for values in (latents.mean((0, 2, 3)), latents.std((0, 2, 3))))
+    save_picture({"original": held_out, "round trip": round_trip}, os.path.normpath(out_dir) + ".png")
+    mean = " ".join(f"{value:.2f}" for value in latents.mean((0, 2, 3)))
+    std = " ".join(f"{value:.2f}" for value in latents.std((0, 2, 3)))
     print(f"---\nout_dir: {out_dir}\nscaling_factor: {vae.config.scaling_factor}\nparameters: {teacher.parameters}\n"
           f"latent_mean: {mean}\nlatent_std: {std}\nval_psnr: {psnr(round_trip, held_out).mean():.2f}\n"
-          f"now: python train.py --teacher={out_dir}")
+          f"next: python train.py --teacher={out_dir}")
 
 
 if __name__ == "__main__":

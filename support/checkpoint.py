@@ -1,0 +1,196 @@
+"""Starts a run from a checkpoint or from weights in any format, and saves it."""
+import os
+import re
+import sys
+
+import torch
+import torch.nn as nn
+
+from model import Decoder, Encoder
+from support.checks import check_settings
+from support.config import fail, one_line
+from support.device import RANK, explain_out_of_memory
+from support.donor import init_from_donor
+from support.export import model_card, save_diffusers, save_taesd
+from support.files import load_file, load_safetensors, load_taesd, save_file
+from teacher import NAMES, is_hub_id, load_autoencoder
+
+BUNDLED_DONOR = os.path.join(os.path.dirname(__file__), "..", "assets", "donor", "taesd_encoder.pth")
+FINE_TUNING_RATE = 2e-4  # higher learning rates are for training from scratch
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+def checkpoint_paths(out_dir):
+    """Of a run's last checkpoint, and of the one before."""
+    return os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "ckpt_previous.pt")
+
+
+def load_checkpoint(out_dir, set_aside=False):
+    """Read a run's last checkpoint onto the CPU, or the one before if the last is missing or damaged. Fails if neither
+    can be read. set_aside: rename a damaged one, so that the next save does not keep it as the one before."""
+    path, previous = checkpoint_paths(out_dir)
+    if not os.path.isfile(path) and not os.path.isfile(previous):
+        fail(f"--out_dir={out_dir}: no such file as {path}, so there is no run here yet")
+    try:
+        checkpoint = load_file(path)
+    except SystemExit as error:
+        if not os.path.isfile(previous):
+            raise
+        if set_aside and os.path.exists(path):
+            os.replace(path, f"{path}.damaged")
+        print(f"{str(error).removeprefix('error: ')}; going back to {previous}", file=sys.stderr)
+        checkpoint, path = load_file(previous), previous
+    if not isinstance(checkpoint, dict) or not {"settings", "shape", "exportable"} <= checkpoint.keys():
+        fail(f"{path}: not a checkpoint of this version of train.py; name a weights file beside it, taesd_decoder.pth")
+    return checkpoint
+
+
+def load_student(source, flag="--init_from"):
+    """The weights of a student: of a run's out_dir, of taesd.py files (the path of one; the other is read if it lies
+    beside it), of a .safetensors file with both halves, of an AutoencoderTiny (a diffusers folder or a hub id), or of
+    the bundled one, `donor`.
+
+    Returns what load_checkpoint does; for others than runs only "shape", "exportable" and the halves that there are.
+    """
+    if any(map(os.path.isfile, checkpoint_paths(source))):
+        return load_checkpoint(source)
+    source, halves = BUNDLED_DONOR if source == "donor" else source, {}
+    if source.endswith(".pth"):
+        folder, name = os.path.split(source)
+        for half in ("encoder", "decoder"):
+            path = os.path.join(folder, re.sub("encoder|decoder", half, name))
+            if path == source or os.path.isfile(path):
+                halves[half] = load_taesd(path)
+    elif source.endswith(".safetensors") and os.path.isfile(source):
+        halves = load_safetensors(source)
+    elif not os.path.isfile(source) and (os.path.isdir(source) or is_hub_id(source)):
+        halves = load_autoencoder_tiny(source, flag)
+    else:
+        fail(f"{flag}={source}: no such weights; it takes donor, a run's out_dir, a taesd.py .pth file, a .safetensors "
+             f"file of both halves, an AutoencoderTiny folder or a hub id owner/repo")
+    shapes = [shape for _, shape in halves.values()]
+    if shapes[0] != shapes[-1]:
+        fail(f"{source}: encoder and decoder differ: {shapes[0]} and {shapes[1]}")
+    weights = {f"ema_{half}": network.state_dict() for half, (network, _) in halves.items()}
+    return {"shape": shapes[0], "exportable": list(halves)} | weights
+
+
+def load_autoencoder_tiny(source, flag):
+    vae = load_autoencoder(source, ("AutoencoderTiny",), torch.float32, f"{flag}={source}")
+    try:
+        widths = vae.config.encoder_block_out_channels
+        shape = {"latent_channels": vae.config.latent_channels, "factor": 2 ** (len(widths) - 1), "width": widths[0],
+                 "variant": "plain"}
+        encoder, decoder = Encoder(**shape), Decoder(**shape)
+        encoder.load_state_dict(vae.encoder.layers.state_dict())
+        nn.Sequential(*list(decoder)[1:]).load_state_dict(vae.decoder.layers.state_dict())  # it has no Clamp layer
+    except Exception as error:
+        fail(f"{source}: not an AutoencoderTiny in TAESD's layout ({one_line(error, 300)})")
+    return {"encoder": (encoder, shape), "decoder": (decoder, shape)}
+
+
+def build_student(checkpoint):
+    """{"encoder": network, "decoder": network} of what load_student returned, without a half that is not exportable."""
+    networks = {}
+    for half, build in (("encoder", Encoder), ("decoder", Decoder)):
+        if half in checkpoint["exportable"]:
+            networks[half] = build(**checkpoint["shape"])
+            networks[half].load_state_dict(checkpoint[f"ema_{half}"])
+    return networks
+
+
+# -----------------------------------------------------------------------------
+# starting, for train.py
+
+def open_run(settings):
+    """Check the settings, and read the checkpoint that init_from names. Returns None from scratch."""
+    explain_out_of_memory(settings)
+    check_settings(settings)
+    init_from, out_dir = settings["init_from"], settings["out_dir"]
+    for name in ("teacher", "data_dir", "val_dir"):  # so that sample.py may be called from another folder
+        if settings[name] not in NAMES and os.path.exists(settings[name]):
+            settings[name] = os.path.abspath(settings[name])
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        fail(f"--out_dir={out_dir}: is a file; choose a folder, which need not exist yet")
+    if init_from == "resume":
+        checkpoint = load_checkpoint(out_dir, set_aside=RANK == 0)
+        if checkpoint["step"] >= settings["max_iters"]:
+            fail(f"--max_iters={settings['max_iters']}: the run in {out_dir} has done {checkpoint['step']} steps; "
+                 f"raise --max_iters to go on")
+        settings["init_from"] = checkpoint["settings"]["init_from"]  # what is recorded is how the run began
+        return checkpoint
+    if any(map(os.path.isfile, checkpoint_paths(out_dir))):
+        fail(f"--out_dir={out_dir}: holds a run already; --init_from=resume goes on with it, another --out_dir starts "
+             f"a new one")
+    return None if init_from == "scratch" else load_student(init_from)
+
+
+def resume(checkpoint, parts, shape, out_dir):
+    """Load a run's checkpoint into {name: network, optimizer or scaler}. Fails if it does not fit."""
+    if checkpoint["shape"] != shape:
+        fail(f"--init_from=resume: the student in {out_dir} is {checkpoint['shape']}, this run asks for {shape}")
+    for name, part in parts.items():
+        try:
+            if checkpoint[name]:  # a scaler that is not in use has no state
+                part.load_state_dict(checkpoint[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            fail(f"--init_from=resume: the {name} in {out_dir} does not fit ({one_line(error, 200)}); to go on with "
+                 f"other settings, run python train.py {out_dir}/settings.py --init_from={out_dir} --out_dir=another")
+    print(f"resume    {out_dir}, after step {checkpoint['step']:,}")
+
+
+def init_weights(checkpoint, networks, shape, vae, images, settings, autocast):
+    """Start a new run from the averaged weights of load_student. A student of another teacher becomes a donor: its
+    layers next to the latents are solved for this teacher. Returns the halves that were loaded."""
+    source, theirs, halves = f"--init_from={settings['init_from']}", checkpoint["shape"], checkpoint["exportable"]
+    if theirs["width"] != shape["width"]:
+        fail(f"{source}: its student has a width of {theirs['width']} and keeps it; add --width={theirs['width']}")
+    same_teacher = checkpoint.get("settings", {}).get("teacher") == settings["teacher"]
+    try:
+        student = build_student(checkpoint)
+    except Exception as error:  # a fork's weights, for example
+        fail(f"{source}: its student does not fit Encoder and Decoder ({one_line(error, 200)})")
+    known = init_from_donor(student, {half: networks[half] for half in halves}, same_teacher, vae, images, settings,
+                            autocast)
+    for half in halves:
+        if not all(weight.isfinite().all() for weight in networks[half].parameters()):
+            fail(f"{source}: the solved weights are not finite; --dtype=float32 may help")
+        networks[f"ema_{half}"].load_state_dict(networks[half].state_dict())
+    if known:
+        loaded = [*halves]
+        state, fresh = checkpoint.get("discriminator", {}), networks["discriminator"].state_dict()
+        if {name: w.shape for name, w in state.items()} == {name: w.shape for name, w in fresh.items()}:
+            networks["discriminator"].load_state_dict(state)  # a fork may have changed its discriminator
+            loaded.append("discriminator")
+        print(f"weights   {', '.join(loaded)} of {settings['init_from']}; the optimizers start afresh")
+        if settings["learning_rate"] > FINE_TUNING_RATE:
+            print(f"note      a learning_rate of {settings['learning_rate']:g} is for training from scratch and can "
+                  f"spoil these weights; --learning_rate=1e-4 is usual for fine-tuning")
+    return halves
+
+
+# -----------------------------------------------------------------------------
+# saving
+
+def save_checkpoint(checkpoint, networks, out_dir):
+    """Write ckpt.pt and keep the one before, then the averaged weights in the formats that other programs load. Fails,
+    and keeps what was saved before, if a weight is not finite."""
+    for name, network in networks.items():
+        if not all(weight.isfinite().all() for weight in network.parameters()):
+            fail_not_finite(checkpoint["settings"], checkpoint["step"], f"a weight of the {name}")
+    if RANK:
+        return
+    path, previous = checkpoint_paths(out_dir)
+    save_file(path, lambda temporary: torch.save(checkpoint, temporary), keep=previous)
+    for half in checkpoint["exportable"]:
+        save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), networks[f"ema_{half}"])
+    if len(checkpoint["exportable"]) == 2 and checkpoint["shape"]["variant"] == "plain":
+        student = {half: networks[f"ema_{half}"] for half in ("encoder", "decoder")}
+        save_diffusers(os.path.join(out_dir, "diffusers"), student, checkpoint["shape"], card=model_card(checkpoint))
+
+
+def fail_not_finite(settings, step, what):
+    fail(f"step {step}: {what} is not finite. Checkpoints in {settings['out_dir']} are from before; go on with "
+         f"--init_from=resume and a smaller --learning_rate, or --dtype=float32")

@@ -1,0 +1,186 @@
+"""What the machine can do: its device and number format, torch.compile, several GPUs, and steps recorded as CUDA graphs.
+"""
+import atexit
+import datetime
+import os
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm  # is installed together with diffusers
+
+from support.config import fail, one_line
+
+RANK, LOCAL_RANK, RANKS = 0, 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+    RANK, LOCAL_RANK, RANKS = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+if RANK:
+    sys.stdout = open(os.devnull, "w")
+
+
+def pick_device(name):
+    """"auto" -> cuda if there is a GPU, else mps, else cpu. Fails if the named device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and RANKS > 1:
+        name = f"cuda:{LOCAL_RANK}"
+    try:
+        torch.zeros(1, device=name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device={name}: cannot be used here ({str(error).splitlines()[0]}); --device=auto picks one that can")
+
+
+def pick_dtype(name, device):
+    """"auto" -> bfloat16 where the hardware computes in it, float16 on older GPUs, else float32. Returns a torch.dtype.
+    """
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    elif name == "auto":
+        fast = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        name = "bfloat16" if fast else "float32"
+    if name not in ("float32", "bfloat16", "float16"):
+        fail(f"--dtype={name}: must be auto, float32, bfloat16 or float16")
+    return getattr(torch, name)
+
+
+def pick_compile(name, device):
+    """"auto" -> True on a GPU on which torch.compile works; where it does not, one line says why. Returns a bool."""
+    if name.lower() not in ("auto", "true", "false"):
+        fail(f"--compile={name}: must be auto, true or false")
+    if name.lower() != "auto" or device.type != "cuda":
+        return name.lower() == "true"
+    try:  # Triton needs compute capability 7.0 and a C compiler; the smallest function shows whether both are there
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        return True
+    except Exception as error:
+        print(f"machine   not compiled, which is slower: {one_line(error, 200)}")
+        return False
+
+
+def explain_out_of_memory(settings):
+    """From here on, one line explains an error that is due to a lack of memory. All others are shown as usual."""
+    def explain(kind, error, trace):
+        on_cpu = kind is RuntimeError and "DefaultCPUAllocator" in str(error)  # there it has no class of its own
+        if not on_cpu and not issubclass(kind, (torch.OutOfMemoryError, MemoryError)):
+            return sys.__excepthook__(kind, error, trace)
+        large = ", ".join(f"--{name} ({settings[name]})" for name in ("batch_size", "crop", "window", "replay_size"))
+        print(f"error: out of memory: a smaller {large} helps; checkpoints in {settings['out_dir']} are untouched",
+              file=sys.stderr)
+    sys.excepthook = explain
+
+
+# -----------------------------------------------------------------------------
+# Several GPUs: `torchrun --standalone --nproc_per_node=4 train.py ...` starts one process for each of them. Each process
+# trains on its share of the batch, and gradients are averaged. Only the first one (rank 0) measures, writes and prints.
+# A loss that looks at a whole batch, such as feature matching, looks at the share of one process.
+
+def setup_ddp(networks):
+    """Connect the processes, copy rank 0's weights to all of them, and average gradients from here on."""
+    if RANKS == 1:
+        return
+    torch.manual_seed(torch.initial_seed() + RANK)  # each process draws crops and noise of its own
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    # rank 0 evaluates while the others wait, hence the long timeout
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(hours=2))
+    atexit.register(leave, 1)  # after an error, leave at once; the other processes would wait for this one
+    for weight in torch.nn.ModuleList(networks).parameters():
+        contiguous = weight.detach().contiguous()  # NCCL does not take the channels_last layout
+        dist.broadcast(contiguous, 0)
+        weight.detach().copy_(contiguous)
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(average_gradient)
+
+
+def average_gradient(weight):
+    gradient = weight.grad.contiguous() / RANKS
+    dist.all_reduce(gradient)
+    weight.grad.copy_(gradient)
+
+
+def any_rank(flag):
+    """Whether the flag is true in any process. Every process has to ask."""
+    flag = torch.tensor(int(flag))
+    if RANKS > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def leave(status=0):
+    """End this process at once. PyTorch's threads sometimes abort one of several processes that ends normally."""
+    if RANKS > 1:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+# -----------------------------------------------------------------------------
+# CUDA graphs
+
+WARM_UP = 5  # calls in which torch.compile compiles, cuDNN chooses its kernels and optimizers create their state
+
+
+def cuda_graphed(device, compile, scaler):
+    """A decorator for a training step: on a GPU its kernels are recorded once and then started together.
+
+    A step consists of about two thousand small kernels, and a CPU needs longer to start them one by one than a large
+    GPU needs to run them. Nothing is recorded with --compile=false, with a GradScaler (which looks at the gradients),
+    or with several processes (which exchange them). Where torch.compile does not work, steps are still recorded.
+    """
+    possible = device.type == "cuda" and compile.lower() != "false" and not scaler.is_enabled() and RANKS == 1
+    return CudaGraphed if possible else lambda function: function
+
+
+class CudaGraphed:
+    """A function of tensors, numbers and None that changes weights in place. Its Python code runs only in the first
+    calls for each shape of its arguments, so numbers, branches and the CPU's random numbers stay as they were when it
+    was recorded. The function must not ask for the value of a tensor. The next call overwrites what it returns.
+    """
+    def __init__(self, function):
+        self.function, self.stream = function, torch.cuda.Stream()
+        self.shapes = self.graph = self.inputs = self.outputs = None
+
+    def __call__(self, *inputs):
+        shapes = [x.shape if torch.is_tensor(x) else x is None for x in inputs]
+        if shapes != self.shapes:  # the first call, or the discriminator begins later
+            self.shapes, self.calls = shapes, 0
+            self.graph = self.inputs = self.outputs = None
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            return self.call(inputs)
+        if self.graph is None:
+            self.record(inputs)
+        for place, x in zip(self.inputs, inputs):
+            if torch.is_tensor(x):
+                place.copy_(x)
+            elif x is not None:
+                place.fill_(x)
+        self.graph.replay()
+        return self.outputs
+
+    def call(self, inputs):
+        """Call it on the stream on which it will be recorded, because autograd keeps the stream of each weight."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outputs = self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
+
+    def record(self, inputs):
+        """Record the kernels without running them. Numbers become tensors, which later calls fill."""
+        self.inputs = [x.clone() if torch.is_tensor(x) else x if x is None else torch.zeros((), device=inputs[0].device)
+                       for x in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        try:  # thread_local: the threads that read images go on pinning memory
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.outputs = self.function(*self.inputs)
+        except Exception as error:
+            cause = error.__context__ or error  # to end a recording that has failed raises an error, too
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause
+            ours = [frame for frame in traceback.extract_tb(cause.__traceback__) if "-packages" not in frame.filename]
+            fail(f"{ours[-1].filename}:{ours[-1].lineno}: cannot be recorded as a CUDA graph, in which nothing may ask "
+                 f"for a tensor's value ({one_line(cause, 200)}); --compile=false runs it as it is")
+        tqdm.write("machine   a step is recorded as a CUDA graph; from here on its Python code does not run")

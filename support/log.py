@@ -1,0 +1,201 @@
+"""What a run tells: a summary at its start, log.jsonl, the console, pictures, and a last block of results.
+
+Nothing here trains. A new term of the loss is logged under its name without any change here.
+"""
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+
+import torch
+from tqdm import tqdm  # is installed together with diffusers
+
+from model import count_parameters
+from sample import Evaluator
+from support.checkpoint import fail_not_finite
+from support.config import fail
+from support.curves import draw_curves
+from support.device import RANK, RANKS, any_rank, leave
+from support.files import save_text
+
+BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}"
+STARTED = time.time()
+
+
+class Log:
+    """On a terminal it shows a progress bar, elsewhere lines. Losses stay on the device until they are reported, so that
+    the CPU does not wait for the GPU in every step."""
+    def __init__(self, settings, machine, images, vae, networks, buffers):
+        self.settings, self.out_dir, self.device = settings, settings["out_dir"], machine["device"]
+        self.print_summary(machine, images, vae, networks, buffers)
+        held_out = images.held_out(settings["eval_images"], settings["eval_size"])
+        self.evaluator = Evaluator(held_out, vae, settings["teacher"])
+        images.batch(settings["crop"], 1, 0, [settings["seed"], 0])  # fails now if most files cannot be read
+        teacher_metrics = self.evaluator.teacher_metrics
+        print(f"goal      the teacher's own pictures of the held-out images: psnr {teacher_metrics['psnr']:.2f} dB, "
+              f"sharpness {teacher_metrics['sharpness']:.2f}", flush=True)
+        try:
+            os.makedirs(self.out_dir, exist_ok=True)
+        except OSError as error:
+            fail(f"--out_dir={self.out_dir}: cannot be made ({error.strerror})")
+        if RANK == 0:
+            self.evaluator.draw(os.path.join(self.out_dir, "samples", "teacher.png"))
+            lines = [f"{name} = {value!r}" for name, value in settings.items()]
+            save_text(os.path.join(self.out_dir, "settings.py"),
+                      "# Written by train.py; a file of settings like those in recipes/.\n" + "\n".join(lines) + "\n")
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+        self.write({"settings": settings, "arguments": sys.argv[1:], "teacher": teacher_metrics,
+                    "versions": versions | {"python": platform.python_version()}}
+                   | {name: str(value) for name, value in machine.items()})
+        self.metrics = {}  # of the last evaluation
+        self.history = []  # (names, values) of the losses of each step since the last report
+        self.images, self.seconds, self.waited, self.clock, self.bar = 0, 0.0, 0.0, time.time(), None
+        # Ctrl-C, or a machine that is about to be taken away, asks the run to finish its step, save and leave
+        self.asked_to_stop = False
+        signal.signal(signal.SIGINT, self.ask_to_stop)
+        signal.signal(signal.SIGTERM, self.ask_to_stop)
+
+    def print_summary(self, machine, images, vae, networks, buffers):
+        s = self.settings
+        losses = {name.removesuffix("_weight"): value for name, value in s.items() if name.endswith("_weight") and value}
+        if not s["adversarial_weight"]:
+            losses.pop("feature_matching", None)
+        sizes = [f"{name} {count_parameters(networks[name]):,}" for name in ("encoder", "decoder", "discriminator")]
+        memory = []
+        for name, buffer in buffers.items():
+            size = sum(tensor.nbytes for tensor in (buffer.images, buffer.latents))
+            memory.append(f"{name} {size / 2**20:,.0f} MB")
+        processes = f", {RANKS} processes" if RANKS > 1 else ""
+        note = "" if s["variant"] == "plain" else "; diffusers' AutoencoderTiny cannot hold this variant"
+        print(f"machine   {machine['device']}, {machine['dtype']}, compile {'on' if machine['compile'] else 'off'}, "
+              f"torch {torch.__version__}{processes}")
+        print(f"images    {images}")
+        print(f"teacher   {s['teacher']}: {vae}")
+        print(f"student   {s['variant']}, width {s['width']}; parameters: {', '.join(sizes)}{note}")
+        print(f"losses    {', '.join(f'{value:g} x {name}' for name, value in losses.items())}; {s['optimizer']}, "
+              f"learning rate {s['learning_rate']:g}")
+        window = max(1, s["window"] // s["crop"]) * s["crop"]
+        print(f"batch     {s['batch_size']} crops of {s['crop']} pixels, each used {s['echo']:g} times, cut from windows of "
+              f"{window} pixels")
+        print(f"memory    {', '.join(memory)} on the device")
+
+    def write(self, record):
+        if RANK:
+            return
+        try:
+            with open(os.path.join(self.out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            fail(f"{self.out_dir}: could not be written ({error}); a checkpoint there is untouched, --init_from=resume "
+                 f"goes on with it")
+
+    def say(self, line):
+        if self.bar:
+            self.bar.clear()
+        print(line, flush=True)
+
+    def waiting_for(self, batches):
+        """The same batches. The share of time that training waits for them is logged as data_wait."""
+        while True:
+            asked = time.time()
+            batch = next(batches)
+            self.waited += time.time() - asked
+            yield batch
+
+    def add(self, step, losses):
+        """Remember the losses of one step, {name: tensor}, until they are reported."""
+        self.history.append((list(losses), torch.stack(list(losses.values())).detach()))
+        self.images += self.settings["batch_size"]
+        if not self.seconds and len(self.history) == 1:
+            self.history[0][1].tolist()  # waits for the device
+            self.say(f"start     {time.time() - STARTED:.1f} s until the first step was done")
+            if sys.stdout.isatty():
+                self.bar = tqdm(total=self.settings["max_iters"], initial=step - 1, unit=" steps", dynamic_ncols=True,
+                                file=sys.stdout, smoothing=0.05, bar_format=BAR)
+        if self.bar:
+            self.bar.update()
+
+    def report(self, step, images_seen):
+        """Log and print the mean of each loss since the last report, over the steps that had it."""
+        found, max_iters, batch_size = {}, self.settings["max_iters"], self.settings["batch_size"]
+        values = iter(torch.cat([row for _, row in self.history]).tolist())
+        for age, (names, _) in zip(range(len(self.history) - 1, -1, -1), self.history):
+            for name, value in zip(names, values):
+                if not math.isfinite(value):
+                    self.say("")  # below the bar
+                    fail_not_finite(self.settings, step - age, name)
+                found.setdefault(name, []).append(value)
+        seconds = time.time() - self.clock
+        rate = len(self.history) * batch_size / seconds
+        means = {name: round(sum(values) / len(values), 6) for name, values in found.items()}
+        record = {"images_per_second": round(rate, 2)} | means
+        record |= {"data_wait": round(self.waited / seconds, 3), "peak_memory_mb": peak_memory_mb(self.device)}
+        self.write({"step": step, "images_seen": images_seen} | record)
+        if self.bar:
+            self.bar.set_postfix_str(" ".join(f"{name} {value:.2g}" for name, value in means.items()))
+        else:
+            left = datetime.timedelta(seconds=round((max_iters - step) * batch_size / rate))
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
+            self.say(f"step {step}/{max_iters}  images_seen {images_seen:,}  {shown}  left {left}")
+        self.history, self.waited, self.seconds, self.clock = [], 0.0, self.seconds + seconds, time.time()
+
+    def progress(self, step, images_seen):
+        return {"step": step, "images_seen": images_seen,
+                "images_per_second": round(self.images / max(self.seconds, 1e-9), 2)}
+
+    def evaluate(self, step, images_seen, encoder, decoder, raw_decoder, autocast):
+        """Measure the averaged encoder and decoder on the held-out images, and draw them to samples/."""
+        if RANK:
+            return
+        path = os.path.join(self.out_dir, "samples", f"{step:07d}.png")
+        self.metrics = self.evaluator.evaluate(encoder, decoder, raw_decoder, autocast, path)
+        self.write(self.progress(step, images_seen) | self.metrics)
+        self.say(f"eval {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items()))
+
+    def draw_curves(self):
+        """Write curves.png at the end of a pause, which does not count as training time."""
+        try:
+            if RANK == 0:
+                draw_curves([self.out_dir], os.path.join(self.out_dir, "curves.png"))
+        except (Exception, SystemExit) as error:  # matplotlib is missing, for example; that must not end a run
+            self.say(f"no curves ({error})")
+        self.clock = time.time()
+
+    def ask_to_stop(self, signum, frame):
+        self.asked_to_stop = True
+        signal.signal(signum, signal.SIG_DFL)
+        os.write(2, b"stopping after this step; once more to leave without saving\n")  # print is unsafe in a handler
+
+    def interrupted(self):
+        return any_rank(self.asked_to_stop)
+
+    def end(self, step, images_seen, interrupted):
+        """Print a last block of `name: value` lines. Without an evaluation of the last step, it has no metrics."""
+        if self.bar:
+            self.bar.close()
+        results = {"out_dir": self.out_dir} | self.progress(step, images_seen)
+        results |= {"peak_memory_mb": peak_memory_mb(self.device), "seconds": round(time.time() - STARTED)}
+        if not interrupted:
+            results |= self.metrics
+        print("---")
+        for name, value in results.items():
+            print(f"{name}: {value}")
+        if interrupted:
+            print(f"stopped and saved at step {step}; go on with --out_dir={self.out_dir} --init_from=resume")
+        leave()
+
+
+def peak_memory_mb(device):
+    """The most memory used so far: a GPU's as PyTorch reserves it, else the process's (0 where it cannot be told)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_reserved() / 2**20)  # includes the memory of CUDA graphs
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
