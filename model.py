@@ -201,13 +201,15 @@ class CombinedOptimizer:
             optimizer.load_state_dict(state[name])
 
 
-def make_optimizer(parameters, muon_weights, adam, dtype):
-    """Muon for `muon_weights`, `adam` (called with a list of weights) for all other parameters."""
-    by_muon = {id(weight) for weight in muon_weights}
-    others = [weight for weight in parameters if id(weight) not in by_muon]
-    optimizers = {}
-    if others:
-        optimizers["adam"] = adam(others, fused=others[0].device.type != "mps")
-    if muon_weights:
+def make_optimizer(kind, modules, muon_weights, dtype, **adam):
+    """kind: "muon" (Muon for `muon_weights`, Adam for all others), "adam", or "adamw" as in seraena. adam: arguments of
+    torch.optim.Adam."""
+    by_muon = {id(weight) for weight in muon_weights} if kind == "muon" else ()
+    others = [weight for module in modules for weight in module.parameters() if id(weight) not in by_muon]
+    fused = others[0].device.type != "mps"
+    if kind == "adamw":
+        return CombinedOptimizer(adam=torch.optim.AdamW(others, betas=(0.9, 0.99), fused=fused))
+    optimizers = {"adam": torch.optim.Adam(others, fused=fused, **adam)}
+    if by_muon:
         optimizers["muon"] = Muon(muon_weights, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     return CombinedOptimizer(**optimizers)

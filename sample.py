@@ -225,7 +225,7 @@ def main():
     if checkpoint and not images:
         sides = [settings["eval_size"]]
     for side in sides:
-        vae.check_side("size", side)
+        vae.check_sides(size=side)
     print(f"{out_dir}: step {checkpoint['step']}, teacher {settings['teacher']}" if checkpoint else
           f"teacher {teacher}: {vae}")
     lpips = load_lpips(place)

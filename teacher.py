@@ -44,7 +44,7 @@ class Teacher:
         self.video = False  # made for [N,3,frames,H,W]
         self.student_variant = "plain"
         if name.endswith(".pth"):
-            (encoder, shape), (decoder, _) = load_taesd(name), load_taesd(partner(name))
+            (encoder, shape), (decoder, _) = load_taesd(name, "encoder"), load_taesd(partner(name), "decoder")
             self.vae = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(dtype)
             self.raw_encode, self.raw_decode = encoder, decoder
             self.class_name, self.student_variant = "taesd.py pair", shape["variant"]
@@ -90,10 +90,11 @@ class Teacher:
         return (f"{self.class_name}, {self.parameters:,} parameters, factor {self.factor}, {self.latent_channels} "
                 f"channels, {scale}")
 
-    def check_side(self, setting, side):
-        """Fail unless `side`, in pixels, can be the side of a training crop or of a held-out image."""
-        if side < 16 or side % self.multiple:
-            fail(f"--{setting}={side}: must be 16 or more and a multiple of {self.multiple} for this teacher")
+    def check_sides(self, **settings):
+        """Fail unless each setting, in pixels, can be the side of an image for this teacher."""
+        for name, side in settings.items():
+            if side < 16 or side % self.multiple:
+                fail(f"--{name}={side}: must be 16 or more and a multiple of {self.multiple} for this teacher")
 
     def diffusers_encode(self, images):
         output = self.vae.encode(images)
@@ -162,7 +163,7 @@ def load_autoencoder(where, supported, dtype, written):
             fail(f"{written}: the folder holds no config.json, so it is not a diffusers VAE (of a taesd.py pair, name "
                  f"the encoder.pth itself)")
     else:
-        check_hub(written, where, f"{subfolder}/config.json".lstrip("/"))
+        download(written, where, f"{subfolder}/config.json".lstrip("/"))
     try:
         if single_file:
             vae = diffusers.AutoencoderKL.from_single_file(where, config=subfolder or None)
@@ -187,13 +188,12 @@ def is_hub_id(name):
     return name.count("/") == 1 and name[0] not in "./~"
 
 
-def check_hub(written, repo, filename):
-    """Fail with the true reason if a file is neither cached nor on a hub that can be reached (diffusers would blame the
-    file)."""
+def download(written, repo, filename):
+    """The path of a file of a hub repository, from the local cache or from the hub. Fails with the true reason, where
+    diffusers would blame the file."""
     import huggingface_hub as hub
     try:
-        hub.hf_hub_download(repo, filename, local_files_only=True)
-        return
+        return hub.hf_hub_download(repo, filename, local_files_only=True)
     except Exception:  # it is not in the cache, or the name is not even one of a repository
         pass
     try:
@@ -202,7 +202,7 @@ def check_hub(written, repo, filename):
         fail(f"{written}: not in the local cache, and {hub.constants.ENDPOINT} could not be reached "
              f"({type(error).__name__}); a local diffusers folder will do, too, and --teacher=toy needs no network")
     try:
-        hub.hf_hub_download(repo, filename)
+        return hub.hf_hub_download(repo, filename)
     except Exception as error:  # no such repository, or it is private, or its VAE is in a subfolder
         fail(f"{written}: {type(error).__name__} for {filename}: {error} (a VAE in a subfolder: {repo}::vae; a private "
              f"or gated repository: hf auth login)")

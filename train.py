@@ -12,11 +12,9 @@ r"""Train a tiny autoencoder (TAESD) that uses the same latents as a big VAE, it
       D, the discriminator(x or fake | latent)           + replay buffer of old fakes
 
 The encoder copies the teacher's latents. The decoder is a conditional GAN trained on real images: it may invent detail,
-but it must not shift colours. The method is that of TAESD's author (github.com/madebyollin/taesd, issues 2 and 11, and
-github.com/madebyollin/seraena).
+but not shift colours. The method is that of TAESD's author (github.com/madebyollin/taesd, issues 2 and 11; seraena).
 """
 import copy
-import functools
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +22,9 @@ import torch.nn.functional as F
 from data import Images, batches, to_tiles
 from model import Decoder, Discriminator, Encoder, conv_weights, make_optimizer
 from recipes import published
-from support.checkpoint import init_weights, open_run, resume, save_checkpoint
+from support.checkpoint import open_run, save_checkpoint, start_from
 from support.config import configure
-from support.device import RANKS, cuda_graphed, pick_compile, pick_device, pick_dtype, setup_ddp
+from support.device import RANKS, compile_networks, cuda_graphed, pick_compile, pick_device, pick_dtype, setup_ddp
 from support.log import Log
 from teacher import Teacher
 
@@ -59,7 +57,7 @@ lowres_weight = 10.0         # MSE of images after 8x8 average pooling, which ke
 mse_weight = 10.0            # MSE of the pixels
 replay_size = 4096           # old fakes kept for D, stored as bytes on the device; 0 = D sees new fakes only
 encoder_loss = "mse"         # of the latents: mse, or l1, which is better for the teacher's decoder in long runs
-encoder_feature_weight = 1.0 # L1 of what our decoder's first layers make of the two latents, the student's and the teacher's
+encoder_feature_weight = 1.0 # L1 of what our decoder's first layers make of the student's and of the teacher's latents
 latent_noise = 0.0           # largest noise on the decoder's latents, so that it can also preview unfinished latents
 # losses of published recipes
 encoder_adversarial_weight = 0.0  # D also judges real images together with the student's latents (TAESD 1.2)
@@ -87,17 +85,14 @@ compile = "auto"             # auto, true or false: torch.compile and, on a GPU,
 # -----------------------------------------------------------------------------
 settings = configure(globals())
 checkpoint = open_run(settings)  # None from scratch
-# from here on, these globals hold what "auto" means on this machine; `settings` stays as it was asked for
-device = pick_device(device)
+device = pick_device(device)  # from here on, these globals hold what "auto" means on this machine
 dtype, compile = pick_dtype(dtype, device), pick_compile(compile, device)
-batch_size //= RANKS  # of this process; RANKS is 1 unless torchrun has started more
+batch_size //= RANKS  # torchrun starts several processes, each with its share of the batch; otherwise RANKS is 1
 
-# -----------------------------------------------------------------------------
-# images, teacher, student, discriminator
+# --- images, teacher, student, discriminator -------------------------------------------------------------------------
 images = Images(data_dir, val_dir)
 vae = Teacher(teacher, device, dtype)
-vae.check_side("crop", crop)
-vae.check_side("eval_size", eval_size)
+vae.check_sides(crop=crop, eval_size=eval_size)
 if variant == "auto":
     variant = settings["variant"] = checkpoint["shape"]["variant"] if checkpoint else vae.student_variant
 shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": width, "variant": variant}
@@ -112,27 +107,19 @@ for network in networks.values():
     network.to(device, memory_format=torch.channels_last)
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-# Muon trains all convolutions of the student, and D's but for the first and those of its scores: the layers next to
-# latents and images learn too slowly with this Adam, above all the colours.
-if optimizer == "adamw":
-    adam = discriminator_adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99))
-else:
-    adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.9), amsgrad=True)  # taesd issue 11
-    discriminator_adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.99))
-student_weights, discriminator_weights = [*encoder.parameters(), *decoder.parameters()], [*discriminator.parameters()]
-muon_weights = conv_weights(encoder) + conv_weights(decoder)
-discriminator_muon_weights = [weight for weight in conv_weights(discriminator)[1:] if weight.shape[-1] > 1]
-if optimizer != "muon":
-    muon_weights = discriminator_muon_weights = []
-student_optimizer = make_optimizer(student_weights, muon_weights, adam, dtype)
-discriminator_optimizer = make_optimizer(discriminator_weights, discriminator_muon_weights, discriminator_adam, dtype)
+# Muon trains all convolutions of the student: with Adam, the layers next to images and latents learn too slowly, and
+# colours suffer. In D it trains the hidden convolutions. Adam trains the rest (its arguments are from taesd issue 11).
+convs = conv_weights(encoder) + conv_weights(decoder)
+student_optimizer = make_optimizer(optimizer, [encoder, decoder], convs, dtype, betas=(0.9, 0.9), amsgrad=True)
+hidden = [weight for weight in conv_weights(discriminator)[1:] if weight.shape[-1] > 1]  # not the scores', 1x1
+discriminator_optimizer = make_optimizer(optimizer, [discriminator], hidden, dtype, betas=(0.5, 0.99))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
+parts = networks | {"student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer,
+                    "scaler": scaler}  # what a checkpoint keeps
 
 def get_lr_scale(step):
-    """The factor of both learning rates: 1, falling linearly to 0 over the last share, `cooldown`, of the steps."""
+    """The factor of both learning rates: 1, and over the last share of the steps, `cooldown`, linearly down to 0."""
     return min(1.0, (max_iters - step) / max(1.0, cooldown * max_iters))
-
 
 def optimizer_step(optimizer, loss, lr):
     for group in optimizer.param_groups:
@@ -141,16 +128,12 @@ def optimizer_step(optimizer, loss, lr):
     scaler.scale(loss).backward()
     scaler.step(optimizer)
 
-
-# -----------------------------------------------------------------------------
-# losses
-
+# --- losses ----------------------------------------------------------------------------------------------------------
 def discriminator_loss(real_scores, fake_scores):
     """Least squares (LSGAN): D should give +1 to real images and -1 to fakes."""
     if adversarial_form == "hinge":
         return published.hinge_discriminator_loss(real_scores, fake_scores)
     return (real_scores - 1).square().mean() + (fake_scores + 1).square().mean()
-
 
 def adversarial_loss(real_scores, fake_scores):
     """Relativistic: a fake should get the same score as its own real image, however good D has become. To pull the two
@@ -159,35 +142,30 @@ def adversarial_loss(real_scores, fake_scores):
         return published.hinge_adversarial_loss(real_scores, fake_scores)
     return (fake_scores - real_scores).square().mean()
 
-
 def feature_matching_loss(real_activations, fake_activations):
     """Every layer of D should see the same in a fake as in its real image (pix2pixHD). The L1 distance of each layer is
     divided by the mean size of its activations, so that all layers count alike."""
-    distances = [F.l1_loss(fake, real).float() / real.abs().mean()
-                 for real, fake in zip(real_activations, fake_activations)]
+    pairs = zip(real_activations, fake_activations)
+    distances = [F.l1_loss(fake, real).float() / real.abs().mean() for real, fake in pairs]
     return sum(distances) / len(distances)
-
 
 def lowres_mse(fake, real):
     """The mean colour of every 8x8 patch should be right. The adversarial loss alone would let colours drift."""
     return F.mse_loss(F.avg_pool2d(fake, 8), F.avg_pool2d(real, 8))
 
-
-pixel_losses = {  # name: (weight, function of fake and real)
-    "mse": (mse_weight, F.mse_loss),
-    "lowres_mse": (lowres_weight, lowres_mse),
-    "l1": (l1_weight, F.l1_loss),
-    "frequency": (frequency_weight, published.frequency_l1),
-    "lpips": (lpips_weight, published.lpips(device) if lpips_weight > 0 and train_decoder else None),
-}
+pixel_losses = {"mse": F.mse_loss, "lowres_mse": lowres_mse, "l1": F.l1_loss, "frequency": published.frequency_l1,
+                "lpips": published.lpips}  # name: function of fake and real
+loss_weights = {
+    "encoder": 1.0, "encoder_feature": encoder_feature_weight, "mse": mse_weight, "lowres_mse": lowres_weight,
+    "l1": l1_weight, "frequency": frequency_weight, "lpips": lpips_weight, "adversarial": adversarial_weight,
+    "feature_matching": feature_matching_weight, "encoder_adversarial": encoder_adversarial_weight}
 use_discriminator = train_decoder and adversarial_weight > 0
-# To compare two latents as a decoder sees them: the average decoder's first six layers (taesd issue 11).
-decoder_features = ema_decoder[:6] if encoder_feature_weight > 0 else torch.nn.Identity()
+decoder_features = ema_decoder[:6]  # what the averaged decoder's first layers make of a latent (taesd issue 11)
 
+def weighted_sum(losses):
+    return sum(loss_weights[name] * loss for name, loss in losses.items() if name in loss_weights)
 
-# -----------------------------------------------------------------------------
-# the pool of real crops, and the replay buffer of old fakes
-
+# --- the pool of real crops, and the replay buffer of old fakes ------------------------------------------------------
 class Buffer:
     """Pairs of image [3,H,W] in [0,1] and latent, kept on the device, images as bytes. Samples are drawn at random."""
     def __init__(self, size):
@@ -214,14 +192,12 @@ class Buffer:
         images = (self.images[slots].float() / 255).contiguous(memory_format=torch.channels_last)
         return images, self.latents[slots].float()
 
-
 tiles_per_side = max(1, window // crop)  # crops side by side in a window
 tiles = tiles_per_side**2
 windows = max(1, round(batch_size / echo / tiles))  # windows that are read at once
 crop_pool = Buffer(max(64 * batch_size, 64 * windows * tiles))  # large enough to mix the crops of many images
 replay_buffer = Buffer(replay_size if use_discriminator else 0)
 crops_due = 0.0
-
 
 def get_batch():
     """Real crops and the teacher's latents. A pair is used `echo` times on average; until the pool is full, it receives
@@ -235,58 +211,28 @@ def get_batch():
         crops_due -= windows * tiles
     return crop_pool.sample(batch_size)
 
-
-# -----------------------------------------------------------------------------
-# start, or continue a run
-parts = networks | {"student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer,
-                    "scaler": scaler}
+# --- start, or continue a run ----------------------------------------------------------------------------------------
 step, images_seen = 0, 0
 exportable = [half for half in ("encoder", "decoder") if settings[f"train_{half}"] and max_iters > 0]
-if init_from == "resume":
-    resume(checkpoint, parts, shape, out_dir)
-    step, images_seen, exportable = checkpoint["step"], checkpoint["images_seen"], checkpoint["exportable"]
-    torch.manual_seed(seed + step)
-elif checkpoint:
-    exportable = sorted({*exportable, *init_weights(checkpoint, networks, shape, vae, images, settings, autocast)},
-                        reverse=True)
-del checkpoint  # frees its memory
+if checkpoint:
+    step, images_seen, loaded = start_from(checkpoint, parts, init_from, vae, images, settings, autocast)
+    exportable += [half for half in loaded if half not in exportable]
 setup_ddp([*networks.values()])
-machine = {"device": device, "dtype": dtype, "compile": compile}
-log = Log(settings, machine, images, vae, networks, {"crop pool": crop_pool, "replay buffer": replay_buffer})
-
-
-def evaluate_and_save(evaluate=True):
-    if evaluate:
-        log.evaluate(step, images_seen, ema_encoder, ema_decoder, decoder, autocast)
-    state = {"step": step, "images_seen": images_seen, "shape": shape, "settings": settings, "exportable": exportable,
-             "teacher": str(vae), "metrics": log.metrics}
-    state |= {name: part.state_dict() for name, part in parts.items()}
-    save_checkpoint(state, networks, out_dir)
-
-
-if compile:  # each network when it is first called, for its one shape; Module.compile does not work on a Sequential
-    for network in (encoder, decoder, discriminator, decoder_features, *([] if vae.video else [vae.vae.encoder])):
-        network.forward = torch.compile(network.forward, dynamic=False)
-    torch._functorch.config.donated_buffer = adversarial_scaling == "none"  # the others go through a graph twice
-if init_from not in ("scratch", "resume"):
-    evaluate_and_save()  # how good are the weights that the run starts from?
+log = Log(settings, device, dtype, compile, images, vae, networks)
+if compile:
+    compile_networks([encoder, decoder, discriminator, decoder_features], vae, adversarial_scaling)
 loader = log.waiting_for(batches(images, tiles_per_side * crop, windows, color_augment, seed + step, workers,
                                  pin=device.type == "cuda"))
-averages, trained_weights = [], []
-for average, network in ((ema_encoder, encoder), (ema_decoder, decoder)):
-    if next(network.parameters()).requires_grad:
-        averages += average.parameters()
-        trained_weights += [weight.detach() for weight in network.parameters()]
+averaged_weights = [*ema_encoder.parameters(), *ema_decoder.parameters()]
+raw_weights = [weight.detach() for weight in (*encoder.parameters(), *decoder.parameters())]
 
-
-# -----------------------------------------------------------------------------
-# One training step. On a GPU it is recorded as a CUDA graph: its Python code runs in the first few calls only, so
-# anything that changes from step to step has to be an argument, and nothing in it may ask for the value of a tensor.
-
+# --- one training step -----------------------------------------------------------------------------------------------
+# On a GPU it is recorded as a CUDA graph: its Python code runs in the first few calls only, so anything that changes
+# from step to step has to be an argument, and nothing in it may ask for the value of a tensor.
 @cuda_graphed(device, settings["compile"], scaler)
 def train_step(real, latent, lr_scale, old_fakes, old_latents):
     """Returns {name: loss}, the fakes and their latents. Every loss in the dictionary is logged under its name."""
-    losses, total, fake = {}, 0.0, latent  # without a decoder there is no fake
+    losses, scaled, fake = {}, {}, latent  # scaled: losses for the gradient that are logged as they were before
 
     # The encoder copies the teacher's latents. Our decoder's first layers should also see the same in both, unless the
     # decoder holds nothing but noise.
@@ -294,12 +240,10 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
         with autocast:
             student_latent = encoder(real).float()
         losses["encoder"] = (F.mse_loss if encoder_loss == "mse" else F.l1_loss)(student_latent, latent)
-        total = losses["encoder"]
         if encoder_feature_weight > 0 and "decoder" in exportable:
             with autocast:
                 losses["encoder_feature"] = F.l1_loss(decoder_features(student_latent).float(),
                                                       decoder_features(latent).float())
-            total = total + encoder_feature_weight * losses["encoder_feature"]
 
     # The decoder paints a fake from the teacher's latent. Its target is the real image and not the teacher's picture of
     # it, so it may invent detail that the latent has lost.
@@ -308,10 +252,9 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
             latent = latent + latent_noise * torch.rand(len(latent), 1, 1, 1, device=device) * torch.randn_like(latent)
         with autocast:
             fake = decoder(latent).float()
-        for name, (weight, pixel_loss) in pixel_losses.items():
-            if weight > 0:
+        for name, pixel_loss in pixel_losses.items():
+            if loss_weights[name] > 0:
                 losses[name] = pixel_loss(fake, real)
-                total = total + weight * losses[name]
 
     if old_fakes is not None:
         # The discriminator learns first. Half of its fakes are from the replay buffer, so that it keeps recognising
@@ -333,55 +276,49 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
         with autocast:
             real_scores, real_activations = discriminator(real, latent)
             fake_scores, fake_activations = discriminator(fake, latent)
-        adversarial = losses["adversarial"] = adversarial_loss(real_scores, fake_scores)
-        if adversarial_scaling != "none":
-            scale = published.SCALINGS[adversarial_scaling]
-            adversarial = scale(adversarial, fake, total, decoder[-1].weight, scaler)
-        total = total + adversarial_weight * adversarial
+        adversarial = adversarial_loss(real_scores, fake_scores)
+        scale = published.SCALINGS[adversarial_scaling]
+        scaled["adversarial"] = scale(adversarial, fake, weighted_sum(losses), decoder, scaler)
+        losses["adversarial"] = adversarial
         if feature_matching_weight > 0:
             losses["feature_matching"] = feature_matching_loss(real_activations, fake_activations)
-            total = total + feature_matching_weight * losses["feature_matching"]
         if encoder_adversarial_weight > 0:
             with autocast:
-                fake_scores, _ = discriminator(real, student_latent)
-            losses["encoder_adversarial"] = adversarial_loss(real_scores, fake_scores)
-            total = total + encoder_adversarial_weight * losses["encoder_adversarial"]
+                encoder_scores, _ = discriminator(real, student_latent)
+            losses["encoder_adversarial"] = adversarial_loss(real_scores, encoder_scores)
         discriminator.requires_grad_(True)
 
-    optimizer_step(student_optimizer, total, lr_scale * learning_rate)
+    optimizer_step(student_optimizer, weighted_sum(losses | scaled), lr_scale * learning_rate)
     scaler.update()
     return {name: loss.detach() for name, loss in losses.items()}, fake.detach(), latent
 
-
-# -----------------------------------------------------------------------------
-# the loop
-last = step == max_iters
-interrupted = False
-while not last:
-    real, latent = get_batch()
-    old_fakes = old_latents = None
-    if use_discriminator and step >= adversarial_start:
-        old_fakes, old_latents = replay_buffer.sample(batch_size // 2)
-    losses, fake, fake_latent = train_step(real, latent, get_lr_scale(step), old_fakes, old_latents)
-    if old_fakes is not None:
-        replay_buffer.add(fake, fake_latent)
-    step += 1
-    images_seen += batch_size * RANKS
-
-    # Average the weights over images. Early in a run, half of the average is from the last tenth of the images, so that
-    # the first noise is forgotten soon.
-    halflife = max(1e-9, min(ema_halflife, 0.1 * images_seen))
-    torch._foreach_lerp_(averages, trained_weights, 1 - 0.5 ** (batch_size * RANKS / halflife))
-
-    # report, evaluate, save
-    log.add(step, losses)
-    interrupted = log.interrupted()
+# --- the loop --------------------------------------------------------------------------------------------------------
+first_step, interrupted = step, False
+while True:
+    # evaluate and save; before the first step only if the run starts from weights, to see how good they are
     last = step == max_iters or interrupted
-    if last or step % log_interval == 0 or step % eval_interval == 0:
-        log.report(step, images_seen)
-    if last or step % eval_interval == 0:
-        evaluate_and_save(evaluate=not interrupted)
+    if (last or step % eval_interval == 0) and (step > first_step or init_from not in ("scratch", "resume")):
+        if not interrupted:
+            log.evaluate(step, images_seen, ema_encoder, ema_decoder, decoder, autocast)
+        checkpoint = {"step": step, "images_seen": images_seen, "shape": shape, "settings": settings,
+                      "exportable": exportable, "teacher": str(vae), "metrics": log.metrics}
+        save_checkpoint(checkpoint | {name: part.state_dict() for name, part in parts.items()}, networks, out_dir)
         log.draw_curves()
+    if last:
+        break
+
+    real, latent = get_batch()
+    d_takes_part = use_discriminator and step >= adversarial_start
+    old_fakes, old_latents = replay_buffer.sample(batch_size // 2) if d_takes_part else (None, None)
+    losses, fake, fake_latent = train_step(real, latent, get_lr_scale(step), old_fakes, old_latents)
+    if d_takes_part:
+        replay_buffer.add(fake, fake_latent)
+    step, images_seen = step + 1, images_seen + batch_size * RANKS
+
+    # Average the weights over images. Early in a run, half of the average is from the last tenth of the images.
+    halflife = max(1e-9, min(ema_halflife, 0.1 * images_seen))
+    torch._foreach_lerp_(averaged_weights, raw_weights, 1 - 0.5 ** (batch_size * RANKS / halflife))
+    interrupted = log.add(step, images_seen, losses)  # by Ctrl-C
 
 loader.close()
 log.end(step, images_seen, interrupted)

@@ -2,6 +2,8 @@
 
 fake, real: images [N,3,H,W] in [0,1]. Scores are the discriminator's, high for real images.
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -23,35 +25,39 @@ def frequency_l1(fake, real):
     return F.l1_loss(torch.fft.rfft2(fake, norm="ortho").abs(), torch.fft.rfft2(real, norm="ortho").abs())
 
 
-def lpips(device):
-    """The perceptual distance of the `lpips` package, as a function of fake and real."""
+@functools.cache
+def load_lpips(device):
     try:
         from lpips import LPIPS
-        distance = LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
+        return LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
     except Exception as error:  # the package is not installed, or its VGG weights cannot be downloaded
         fail(f"--lpips_weight: needs the lpips package and its VGG weights ({error}); pip install lpips, or "
              f"--lpips_weight=0")
-    return lambda fake, real: distance(fake * 2 - 1, real * 2 - 1).mean()
+
+
+def lpips(fake, real):
+    """The perceptual distance of the `lpips` package (Zhang et al. 2018)."""
+    return load_lpips(fake.device)(fake * 2 - 1, real * 2 - 1).mean()
 
 
 # Functions that replace the adversarial loss by one with a gradient of another size. They take the adversarial loss, the
-# fakes, the sum of the losses so far, the decoder's last weight, and the GradScaler.
+# fakes, the sum of the losses so far, the decoder, and the GradScaler.
 
-def unit_gradient(adversarial, fake, total, last_weight, scaler):
+def unit_gradient(adversarial, fake, total, decoder, scaler):
     """A loss whose gradient on the fakes has a standard deviation of 1 / fake.numel() over the batch, so that it can
     neither vanish nor explode (seraena)."""
     gradient = torch.autograd.grad(scaler.scale(adversarial), fake, retain_graph=True)[0]
     return (fake * gradient / (gradient.std() + 1e-12)).mean()
 
 
-def adaptive(adversarial, fake, total, last_weight, scaler):
+def adaptive(adversarial, fake, total, decoder, scaler):
     """The adversarial loss times the weight that makes its gradient at the decoder's last layer as large as that of the
     pixel losses (VQGAN, CompVis/latent-diffusion). The encoder's losses have no gradient there."""
     pixel_norm, adversarial_norm = (
-        torch.autograd.grad(scaler.scale(loss), last_weight, retain_graph=True)[0].norm()
+        torch.autograd.grad(scaler.scale(loss), decoder[-1].weight, retain_graph=True)[0].norm()
         for loss in (total, adversarial))
     epsilon = scaler.scale(torch.full_like(pixel_norm, 1e-4))
     return adversarial * (pixel_norm / (adversarial_norm + epsilon)).clamp(0, 1e4).detach()
 
 
-SCALINGS = {"unit": unit_gradient, "adaptive": adaptive}
+SCALINGS = {"none": lambda adversarial, *others: adversarial, "unit": unit_gradient, "adaptive": adaptive}

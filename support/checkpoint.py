@@ -4,7 +4,6 @@ import re
 import sys
 
 import torch
-import torch.nn as nn
 
 from model import Decoder, Encoder
 from support.checks import check_settings
@@ -12,10 +11,11 @@ from support.config import fail, one_line
 from support.device import RANK, explain_out_of_memory
 from support.donor import init_from_donor
 from support.export import model_card, save_diffusers, save_taesd
-from support.files import load_file, load_safetensors, load_taesd, save_file
-from teacher import NAMES, is_hub_id, load_autoencoder
+from support.files import load_file, load_halves, save_file
+from teacher import NAMES, download, is_hub_id
 
 BUNDLED_DONOR = os.path.join(os.path.dirname(__file__), "..", "assets", "donor", "taesd_encoder.pth")
+TINY_WEIGHTS = "diffusion_pytorch_model.safetensors"  # of an AutoencoderTiny folder
 FINE_TUNING_RATE = 2e-4  # higher learning rates are for training from scratch
 
 
@@ -48,47 +48,31 @@ def load_checkpoint(out_dir, set_aside=False):
 
 
 def load_student(source, flag="--init_from"):
-    """The weights of a student: of a run's out_dir, of taesd.py files (the path of one; the other is read if it lies
-    beside it), of a .safetensors file with both halves, of an AutoencoderTiny (a diffusers folder or a hub id), or of
-    the bundled one, `donor`.
+    """The weights of a student: of a run's out_dir; of a weights file in taesd.py's or diffusers' layout, together with
+    its other half if that lies beside it; of an AutoencoderTiny, a folder or a hub id; or of the bundled one, `donor`.
 
     Returns what load_checkpoint does; for others than runs only "shape", "exportable" and the halves that there are.
     """
     if any(map(os.path.isfile, checkpoint_paths(source))):
         return load_checkpoint(source)
-    source, halves = BUNDLED_DONOR if source == "donor" else source, {}
-    if source.endswith(".pth"):
-        folder, name = os.path.split(source)
-        for half in ("encoder", "decoder"):
-            path = os.path.join(folder, re.sub("encoder|decoder", half, name))
-            if path == source or os.path.isfile(path):
-                halves[half] = load_taesd(path)
-    elif source.endswith(".safetensors") and os.path.isfile(source):
-        halves = load_safetensors(source)
-    elif not os.path.isfile(source) and (os.path.isdir(source) or is_hub_id(source)):
-        halves = load_autoencoder_tiny(source, flag)
-    else:
-        fail(f"{flag}={source}: no such weights; it takes donor, a run's out_dir, a taesd.py .pth file, a .safetensors "
-             f"file of both halves, an AutoencoderTiny folder or a hub id owner/repo")
+    path = BUNDLED_DONOR if source == "donor" else source
+    if os.path.isdir(source):
+        path = os.path.join(source, TINY_WEIGHTS)
+    elif not os.path.isfile(path):
+        if not is_hub_id(source) or source.endswith((".pth", ".safetensors")):
+            fail(f"{flag}={source}: no such weights; it takes donor, a run's out_dir, a taesd.py .pth file, a "
+                 f".safetensors file, an AutoencoderTiny folder or a hub id owner/repo")
+        path = download(f"{flag}={source}", source, TINY_WEIGHTS)
+    halves, (folder, name) = load_halves(path), os.path.split(path)
+    for half in ("encoder", "decoder"):
+        other = os.path.join(folder, re.sub("encoder|decoder", half, name))
+        if half not in halves and os.path.isfile(other):
+            halves |= load_halves(other)
     shapes = [shape for _, shape in halves.values()]
     if shapes[0] != shapes[-1]:
         fail(f"{source}: encoder and decoder differ: {shapes[0]} and {shapes[1]}")
     weights = {f"ema_{half}": network.state_dict() for half, (network, _) in halves.items()}
     return {"shape": shapes[0], "exportable": list(halves)} | weights
-
-
-def load_autoencoder_tiny(source, flag):
-    vae = load_autoencoder(source, ("AutoencoderTiny",), torch.float32, f"{flag}={source}")
-    try:
-        widths = vae.config.encoder_block_out_channels
-        shape = {"latent_channels": vae.config.latent_channels, "factor": 2 ** (len(widths) - 1), "width": widths[0],
-                 "variant": "plain"}
-        encoder, decoder = Encoder(**shape), Decoder(**shape)
-        encoder.load_state_dict(vae.encoder.layers.state_dict())
-        nn.Sequential(*list(decoder)[1:]).load_state_dict(vae.decoder.layers.state_dict())  # it has no Clamp layer
-    except Exception as error:
-        fail(f"{source}: not an AutoencoderTiny in TAESD's layout ({one_line(error, 300)})")
-    return {"encoder": (encoder, shape), "decoder": (decoder, shape)}
 
 
 def build_student(checkpoint):
@@ -127,48 +111,53 @@ def open_run(settings):
     return None if init_from == "scratch" else load_student(init_from)
 
 
-def resume(checkpoint, parts, shape, out_dir):
-    """Load a run's checkpoint into {name: network, optimizer or scaler}. Fails if it does not fit."""
-    if checkpoint["shape"] != shape:
-        fail(f"--init_from=resume: the student in {out_dir} is {checkpoint['shape']}, this run asks for {shape}")
+def start_from(checkpoint, parts, init_from, vae, images, settings, autocast):
+    """Load into `parts`, {name: network, optimizer or scaler}, what open_run returned: a run's whole state to resume it,
+    or the weights that a new run starts from. Returns (step, images seen, halves of the student that are loaded)."""
+    if init_from == "resume":
+        resume(checkpoint, parts, settings["out_dir"])
+        torch.manual_seed(settings["seed"] + checkpoint["step"])
+        return checkpoint["step"], checkpoint["images_seen"], checkpoint["exportable"]
+    load_weights(checkpoint, parts, vae, images, settings, autocast)
+    return 0, 0, checkpoint["exportable"]
+
+
+def resume(checkpoint, parts, out_dir):
     for name, part in parts.items():
         try:
             if checkpoint[name]:  # a scaler that is not in use has no state
                 part.load_state_dict(checkpoint[name])
         except (RuntimeError, ValueError, KeyError) as error:
-            fail(f"--init_from=resume: the {name} in {out_dir} does not fit ({one_line(error, 200)}); to go on with "
-                 f"other settings, run python train.py {out_dir}/settings.py --init_from={out_dir} --out_dir=another")
+            fail(f"--init_from=resume: the {name} of {out_dir} does not fit ({one_line(error, 200)}); to go on with other "
+                 f"settings, run python train.py {out_dir}/settings.py --init_from={out_dir} --out_dir=another")
     print(f"resume    {out_dir}, after step {checkpoint['step']:,}")
 
 
-def init_weights(checkpoint, networks, shape, vae, images, settings, autocast):
-    """Start a new run from the averaged weights of load_student. A student of another teacher becomes a donor: its
-    layers next to the latents are solved for this teacher. Returns the halves that were loaded."""
-    source, theirs, halves = f"--init_from={settings['init_from']}", checkpoint["shape"], checkpoint["exportable"]
-    if theirs["width"] != shape["width"]:
-        fail(f"{source}: its student has a width of {theirs['width']} and keeps it; add --width={theirs['width']}")
+def load_weights(checkpoint, parts, vae, images, settings, autocast):
+    """Load averaged weights. A student of another teacher becomes a donor: the layers next to its latents are solved for
+    this teacher."""
+    source, halves, width = f"--init_from={settings['init_from']}", checkpoint["exportable"], checkpoint["shape"]["width"]
+    if width != settings["width"]:
+        fail(f"{source}: its student has a width of {width} and keeps it; add --width={width}")
     same_teacher = checkpoint.get("settings", {}).get("teacher") == settings["teacher"]
     try:
         student = build_student(checkpoint)
     except Exception as error:  # a fork's weights, for example
         fail(f"{source}: its student does not fit Encoder and Decoder ({one_line(error, 200)})")
-    known = init_from_donor(student, {half: networks[half] for half in halves}, same_teacher, vae, images, settings,
-                            autocast)
-    for half in halves:
-        if not all(weight.isfinite().all() for weight in networks[half].parameters()):
+    networks = {half: parts[half] for half in halves}
+    known = init_from_donor(student, networks, same_teacher, vae, images, settings, autocast)
+    for half, network in networks.items():
+        if not all(weight.isfinite().all() for weight in network.parameters()):
             fail(f"{source}: the solved weights are not finite; --dtype=float32 may help")
-        networks[f"ema_{half}"].load_state_dict(networks[half].state_dict())
+        parts[f"ema_{half}"].load_state_dict(network.state_dict())
     if known:
-        loaded = [*halves]
-        state, fresh = checkpoint.get("discriminator", {}), networks["discriminator"].state_dict()
+        state, fresh = checkpoint.get("discriminator", {}), parts["discriminator"].state_dict()
         if {name: w.shape for name, w in state.items()} == {name: w.shape for name, w in fresh.items()}:
-            networks["discriminator"].load_state_dict(state)  # a fork may have changed its discriminator
-            loaded.append("discriminator")
-        print(f"weights   {', '.join(loaded)} of {settings['init_from']}; the optimizers start afresh")
+            parts["discriminator"].load_state_dict(state)  # a fork may have changed its discriminator
+        print(f"weights   {settings['init_from']}; the optimizers start afresh")
         if settings["learning_rate"] > FINE_TUNING_RATE:
             print(f"note      a learning_rate of {settings['learning_rate']:g} is for training from scratch and can "
                   f"spoil these weights; --learning_rate=1e-4 is usual for fine-tuning")
-    return halves
 
 
 # -----------------------------------------------------------------------------

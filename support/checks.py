@@ -2,12 +2,12 @@
 from types import SimpleNamespace
 
 from model import VARIANTS
-from recipes.published import SCALINGS
+from recipes.published import SCALINGS, load_lpips
 from support.config import fail, require_positive
 from support.device import RANKS
 
-CHOICES = {"optimizer": ("muon", "adam", "adamw"), "encoder_loss": ("mse", "l1"), "adversarial_form": ("lsgan", "hinge"),
-           "adversarial_scaling": ("none", *SCALINGS), "variant": ("auto", *VARIANTS)}
+CHOICES = {"optimizer": ("muon", "adam", "adamw"), "encoder_loss": ("mse", "l1"), "variant": ("auto", *VARIANTS),
+           "adversarial_form": ("lsgan", "hinge"), "adversarial_scaling": (*SCALINGS,)}
 NOT_PIXEL_LOSSES = ("adversarial_weight", "feature_matching_weight", "encoder_feature_weight",
                     "encoder_adversarial_weight")
 
@@ -48,3 +48,5 @@ def check_settings(settings):
     for name, is_kept, rule in rules:
         if not is_kept:
             fail(f"--{name}={settings[name]}: {rule}")
+    if s.lpips_weight > 0 and s.train_decoder:
+        load_lpips("cpu")  # fails if the package is missing

@@ -61,6 +61,14 @@ def pick_compile(name, device):
         return False
 
 
+def compile_networks(networks, vae, adversarial_scaling):
+    """Compile each network, and the teacher's encoder, when it is first called, for the one shape of training. This
+    replaces `forward`, because Module.compile does not work on an nn.Sequential."""
+    for network in networks + ([] if vae.video else [vae.vae.encoder]):
+        network.forward = torch.compile(network.forward, dynamic=False)
+    torch._functorch.config.donated_buffer = adversarial_scaling == "none"  # the others go through a graph twice
+
+
 def explain_out_of_memory(settings):
     """From here on, one line explains an error that is due to a lack of memory. All others are shown as usual."""
     def explain(kind, error, trace):

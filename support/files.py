@@ -2,7 +2,7 @@
 import os
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file as load_safetensors
 
 from model import Decoder, Encoder
 from support.config import fail, one_line
@@ -34,8 +34,11 @@ def save_text(path, text):
 
 
 def load_file(path):
-    """torch.load onto the CPU. It reads tensors and plain containers only, so a file cannot run code."""
+    """Read a .safetensors file or what torch.save wrote, onto the CPU. Only tensors and plain containers are read, so a
+    file cannot run code."""
     try:
+        if path.endswith(".safetensors"):
+            return load_safetensors(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{path}: no such file")
@@ -43,55 +46,52 @@ def load_file(path):
         fail(f"{path}: not a readable weights file ({type(error).__name__}: {one_line(error, 120)})")
 
 
-def load_taesd(path):
-    """Read taesd_encoder.pth or taesd_decoder.pth, in float32 or float16. The shapes inside tell which network it is.
+def load_taesd(path, half):
+    """The encoder or decoder in a weights file: (network in float32, its arguments)."""
+    halves = load_halves(path)
+    if half not in halves:
+        fail(f"{path}: holds no {half}")
+    return halves[half]
 
-    Returns (network in float32, its arguments). Fails if the file is anything else.
-    """
-    return network_from_state(load_file(path), path)
 
-
-def load_safetensors(path):
-    """Read a .safetensors file of both halves, as support/export.py and AutoencoderTiny write it.
+def load_halves(path):
+    """Read a weights file with one half in taesd.py's layout, or with one or both in that of diffusers.
 
     Returns {"encoder": (network in float32, its arguments), "decoder": ...}, without a half that the file lacks.
     """
-    states = {"encoder": {}, "decoder": {}}
-    try:
-        with safe_open(path, "pt") as file:
-            for name in sorted(file.keys(), key=layer_numbers):
-                half, _, key = name.partition(".layers.")
-                if half in states:
-                    layer, rest = key.split(".", 1)
-                    layer = int(layer) + (half == "decoder")  # the decoder's Clamp is not counted there
-                    states[half][f"{layer}.{rest}"] = file.get_tensor(name)
-    except Exception as error:
-        fail(f"{path}: not a readable weights file ({type(error).__name__}: {one_line(error, 120)})")
-    if not any(states.values()):
-        fail(f"{path}: has no weights named encoder.layers.0.weight and so on; a VAE of full size is a --teacher=")
-    return {half: network_from_state(state, path) for half, state in states.items() if state}
-
-
-def layer_numbers(name):
-    return [int(part) for part in name.split(".") if part.isdigit()]
+    state, states = load_file(path), {}
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        fail(f"{path}: not an encoder or decoder in taesd.py's layout")
+    for half, clamp in (("encoder", 0), ("decoder", 1)):
+        prefix = f"{half}.layers."
+        for key, value in state.items():
+            if key.startswith(prefix):
+                layer, rest = key.removeprefix(prefix).split(".", 1)
+                # in diffusers, the decoder's Clamp is not counted as a layer
+                states.setdefault(half, {})[f"{int(layer) + clamp}.{rest}"] = value
+    if not states:  # a decoder's first layer is the Clamp, which has no weights
+        states["encoder" if "0.weight" in state else "decoder"] = state
+    return {half: network_from_state(half_state, path) for half, half_state in states.items()}
 
 
 def network_from_state(state, path):
     """(network in float32, its arguments) of a state dict in taesd.py's layout. path: the file, for the error."""
     try:
-        is_decoder = "0.weight" not in state  # the first layer of a decoder is the Clamp, which has no weights
-        first, last = state["1.weight" if is_decoder else "0.weight"], list(state.values())[-1]
-        width = [value for value in state.values() if value.ndim == 4][-1].shape[1]  # inputs of the last convolution
+        state = dict(sorted(state.items(), key=lambda item: [int(n) for n in item[0].split(".") if n.isdigit()]))
+        is_decoder = "0.weight" not in state
+        convs = {key: value for key, value in state.items() if value.ndim == 4}
+        first, last_bias = list(convs.values())[0], list(state.values())[-1]
+        width = list(convs.values())[-1].shape[1]
         is_f32 = first.shape[0] != width
         # the convolutions that halve or double have no bias, except for two in the stem of the f32 encoder
-        no_bias = [key for key, value in state.items() if value.ndim == 4 and key.count(".") == 1
-                   and key.replace("weight", "bias") not in state]
-        halvings = len(no_bias) + (2 if is_f32 and not is_decoder else 0)
+        without_bias = [key for key in convs if key.count(".") == 1 and key.replace("weight", "bias") not in state]
+        halvings = len(without_bias) + (2 if is_f32 and not is_decoder else 0)
         has_pool = any(".pool." in key for key in state)
-        shape = {"latent_channels": first.shape[1] if is_decoder else len(last), "factor": 2 ** halvings,
+        shape = {"latent_channels": first.shape[1] if is_decoder else len(last_bias), "factor": 2 ** halvings,
                  "width": width, "variant": "f32" if is_f32 else "midblock_gn" if has_pool else "plain"}
         network = (Decoder if is_decoder else Encoder)(**shape)
         network.load_state_dict(state)
     except Exception as error:
-        fail(f"{path}: not an encoder or decoder in taesd.py's layout ({one_line(error, 300)})")
+        fail(f"{path}: not an encoder or decoder in taesd.py's layout, the weights of a tiny autoencoder; a VAE of full "
+             f"size is a --teacher= ({one_line(error, 300)})")
     return network.float(), shape

@@ -28,11 +28,12 @@ STARTED = time.time()
 
 
 class Log:
-    """On a terminal it shows a progress bar, elsewhere lines. Losses stay on the device until they are reported, so that
-    the CPU does not wait for the GPU in every step."""
-    def __init__(self, settings, machine, images, vae, networks, buffers):
-        self.settings, self.out_dir, self.device = settings, settings["out_dir"], machine["device"]
-        self.print_summary(machine, images, vae, networks, buffers)
+    """On a terminal it shows a progress bar, elsewhere lines. Losses stay on the device until they are reported, so
+    that the CPU does not wait for the GPU in every step."""
+    def __init__(self, settings, device, dtype, compile, images, vae, networks):
+        self.settings, self.out_dir, self.device = settings, settings["out_dir"], device
+        machine = {"device": str(device), "dtype": str(dtype), "compile": str(compile)}
+        self.print_summary(machine, images, vae, networks)
         held_out = images.held_out(settings["eval_images"], settings["eval_size"])
         self.evaluator = Evaluator(held_out, vae, settings["teacher"])
         images.batch(settings["crop"], 1, 0, [settings["seed"], 0])  # fails now if most files cannot be read
@@ -50,8 +51,7 @@ class Log:
                       "# Written by train.py; a file of settings like those in recipes/.\n" + "\n".join(lines) + "\n")
         versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
         self.write({"settings": settings, "arguments": sys.argv[1:], "teacher": teacher_metrics,
-                    "versions": versions | {"python": platform.python_version()}}
-                   | {name: str(value) for name, value in machine.items()})
+                    "versions": versions | {"python": platform.python_version()}} | machine)
         self.metrics = {}  # of the last evaluation
         self.history = []  # (names, values) of the losses of each step since the last report
         self.images, self.seconds, self.waited, self.clock, self.bar = 0, 0.0, 0.0, time.time(), None
@@ -60,29 +60,22 @@ class Log:
         signal.signal(signal.SIGINT, self.ask_to_stop)
         signal.signal(signal.SIGTERM, self.ask_to_stop)
 
-    def print_summary(self, machine, images, vae, networks, buffers):
+    def print_summary(self, machine, images, vae, networks):
         s = self.settings
-        losses = {name.removesuffix("_weight"): value for name, value in s.items() if name.endswith("_weight") and value}
-        if not s["adversarial_weight"]:
-            losses.pop("feature_matching", None)
+        losses = [f"{value:g} x {name.removesuffix('_weight')}" for name, value in s.items()
+                  if name.endswith("_weight") and value]
         sizes = [f"{name} {count_parameters(networks[name]):,}" for name in ("encoder", "decoder", "discriminator")]
-        memory = []
-        for name, buffer in buffers.items():
-            size = sum(tensor.nbytes for tensor in (buffer.images, buffer.latents))
-            memory.append(f"{name} {size / 2**20:,.0f} MB")
         processes = f", {RANKS} processes" if RANKS > 1 else ""
         note = "" if s["variant"] == "plain" else "; diffusers' AutoencoderTiny cannot hold this variant"
-        print(f"machine   {machine['device']}, {machine['dtype']}, compile {'on' if machine['compile'] else 'off'}, "
-              f"torch {torch.__version__}{processes}")
+        window = max(1, s["window"] // s["crop"]) * s["crop"]
+        print(f"machine   {machine['device']}, {machine['dtype']}, compile {machine['compile']}, torch "
+              f"{torch.__version__}{processes}")
         print(f"images    {images}")
         print(f"teacher   {s['teacher']}: {vae}")
         print(f"student   {s['variant']}, width {s['width']}; parameters: {', '.join(sizes)}{note}")
-        print(f"losses    {', '.join(f'{value:g} x {name}' for name, value in losses.items())}; {s['optimizer']}, "
-              f"learning rate {s['learning_rate']:g}")
-        window = max(1, s["window"] // s["crop"]) * s["crop"]
-        print(f"batch     {s['batch_size']} crops of {s['crop']} pixels, each used {s['echo']:g} times, cut from windows of "
-              f"{window} pixels")
-        print(f"memory    {', '.join(memory)} on the device")
+        print(f"losses    {', '.join(losses)}; {s['optimizer']}, learning rate {s['learning_rate']:g}")
+        print(f"batch     {s['batch_size']} crops of {s['crop']} pixels, each used {s['echo']:g} times, cut from windows "
+              f"of {window} pixels", flush=True)
 
     def write(self, record):
         if RANK:
@@ -107,8 +100,9 @@ class Log:
             self.waited += time.time() - asked
             yield batch
 
-    def add(self, step, losses):
-        """Remember the losses of one step, {name: tensor}, until they are reported."""
+    def add(self, step, images_seen, losses):
+        """Remember the losses of one step, {name: tensor}, and report their means from time to time. Returns whether
+        Ctrl-C has asked to stop."""
         self.history.append((list(losses), torch.stack(list(losses.values())).detach()))
         self.images += self.settings["batch_size"]
         if not self.seconds and len(self.history) == 1:
@@ -119,6 +113,11 @@ class Log:
                                 file=sys.stdout, smoothing=0.05, bar_format=BAR)
         if self.bar:
             self.bar.update()
+        interrupted, s = any_rank(self.asked_to_stop), self.settings
+        last = interrupted or step == s["max_iters"]
+        if last or step % s["log_interval"] == 0 or step % s["eval_interval"] == 0:
+            self.report(step, images_seen)
+        return interrupted
 
     def report(self, step, images_seen):
         """Log and print the mean of each loss since the last report, over the steps that had it."""
@@ -170,9 +169,6 @@ class Log:
         self.asked_to_stop = True
         signal.signal(signum, signal.SIG_DFL)
         os.write(2, b"stopping after this step; once more to leave without saving\n")  # print is unsafe in a handler
-
-    def interrupted(self):
-        return any_rank(self.asked_to_stop)
 
     def end(self, step, images_seen, interrupted):
         """Print a last block of `name: value` lines. Without an evaluation of the last step, it has no metrics."""

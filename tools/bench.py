@@ -162,14 +162,15 @@ def print_profile(teacher, place):
     profiler = torch.profiler.profile(activities=[activity])
     add, times = Log.add, Counter()
 
-    def add_and_record(log, step, losses):
+    def add_and_record(log, step, images_seen, losses):
         """Stands in for Log.add, which train.py calls once after every step."""
-        add(log, step, losses)
+        interrupted = add(log, step, images_seen, losses)
         if step == warm_up:
             next(iter(losses.values())).item()  # waits until the device has finished the earlier steps
             profiler.start()
         elif step == warm_up + steps:
             profiler.stop()
+        return interrupted
     with tempfile.TemporaryDirectory() as out_dir:
         flags = train_flags(teacher, out_dir, warm_up + steps, warm_up + steps)
         with mock.patch.object(Log, "add", add_and_record), mock.patch.object(sys, "argv", ["train.py", *flags]):

@@ -4,7 +4,6 @@
     python -m tools.train_vae --factor=16 --latent_channels=16 --data_dir=photos --out_dir=f16
     python train.py --teacher=f16
 """
-import functools
 import math
 import os
 import time
@@ -65,9 +64,8 @@ def check_settings():
 def train(vae, images, place):
     dtype = pick_dtype("auto", place)
     autocast = torch.autocast(place.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0)
     inner_weights = conv_weights(vae.encoder)[1:-1] + conv_weights(vae.decoder)[1:-1]
-    optimizer = make_optimizer([*vae.parameters()], inner_weights, adam, dtype)
+    optimizer = make_optimizer("muon", [vae], inner_weights, dtype, betas=(0.9, 0.99))
     loader = batches(images, crop, batch_size, color_augment=0.07, seed=seed, workers=0)
     start = time.time()
     for step in range(max_iters):
