@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from support.colors import to_eight_bits, to_srgb
 from support.config import fail
+from support.device import RANK, RANKS
 
 warnings.filterwarnings("ignore", module="PIL")  # Pillow warns of every odd file; files that cannot be read are named
 
@@ -27,11 +28,11 @@ PHOTOS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "pho
 
 
 class Images:
-    """A folder of images to train on, and the images that are held out for evaluation.
+    """Images to train on, `train`, and images that are held out for evaluation, `val`: lists of paths.
 
-    folder: '' = the bundled photographs. val_folder: its images are held out; '' = 5% of `folder`, chosen by a checksum
-    of their names, so that an image stays on its side when others are added. A file that cannot be read is reported
-    once and skipped; if more than half of them cannot be read, the program ends with one line.
+    folder: '' = the bundled photographs. val_folder: '' = 5% of `folder`, chosen by a checksum of their names, so that
+    an image stays on its side when others are added. A file that cannot be read is reported once and skipped; if more
+    than half of them cannot be read, the program ends with one line.
     """
     def __init__(self, folder="", val_folder=""):
         self.bundled = not folder
@@ -53,9 +54,7 @@ class Images:
 
     def __str__(self):
         numbers = f"{len(self.train):,} to train on, {len(self.val):,} held out"
-        if self.bundled:
-            numbers += "; bundled, to try things out: a real run needs --data_dir=a folder of images"
-        return numbers
+        return numbers + ("; bundled, to try things out: a real run needs --data_dir=" if self.bundled else "")
 
     def attempt(self, function, path, *arguments):
         """function(path, *arguments), or None for a file that cannot be read, which is reported once."""
@@ -73,7 +72,7 @@ class Images:
         while True:
             if len(self.broken) > half and sum(path in self.broken for path in self.train) > half:
                 fail(f"more than half of the image files cannot be read, for example {self.broken_example()}")
-            # both are drawn for a broken file, too, so that a crop does not depend on what was read before
+            # drawn for a broken file, too, so that a crop does not depend on what was read before
             path, own_rng = self.train[rng.integers(len(self.train))], np.random.default_rng(rng.integers(2**63))
             crop = None if path in self.broken else self.attempt(square_crop, path, size, own_rng)
             if crop is not None:
@@ -99,8 +98,7 @@ class Images:
         return to_tensor(squares)
 
     def broken_example(self):
-        path, reason = next(iter(self.broken.items()))
-        return f"{path}: {reason}"
+        return ": ".join(next(iter(self.broken.items())))
 
 
 def to_tensor(squares):
@@ -113,17 +111,16 @@ def to_tiles(windows, n):
     return windows.unflatten(3, (n, -1)).unflatten(2, (n, -1)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
-def batches(images, size, n, color_augment, seed, workers, pin=False, rank=0, ranks=1):
-    """Endless generator of images.batch(size, n, ...), which `workers` threads prepare ahead of time.
+def batches(images, size, n, color_augment, seed, workers, pin=False):
+    """Endless generator of images.batch(size, n, ...), which threads prepare ahead of time. workers: 0 = one per core.
 
-    workers: 0 = as many as there are cores. pin: in pinned memory, from which a GPU copies while it computes. Each of
-    `ranks` processes gets batches of its own. Threads are enough, because Pillow, NumPy and torch release Python's lock
-    for the heavy part; unlike processes, they work the same on every system.
+    pin: in pinned memory, from which a GPU copies while it computes. With several GPUs, each process gets its own
+    batches. Threads are enough, because Pillow, NumPy and torch release Python's lock for the heavy part.
     """
     workers = workers or os.cpu_count() or 1
 
     def make(k):
-        batch = images.batch(size, n, color_augment, [seed, k * ranks + rank])
+        batch = images.batch(size, n, color_augment, [seed, k * RANKS + RANK])
         return batch.pin_memory() if pin else batch
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque(pool.submit(make, k) for k in range(workers + 2))
@@ -164,11 +161,9 @@ def checksum(path, folder):
 
 
 def square_crop(path, size, rng=None):
-    """A square of a file as [size,size,3] uint8, upright and in sRGB.
-
-    With `rng`, a random square whose side is anything from `size` pixels to the shorter side of the image, on a random
-    background if the image is transparent. Without, the centre square on white, which is enlarged if need be.
-    """
+    """A square of a file as [size,size,3] uint8, upright and in sRGB. With `rng` it is a random one, from `size` pixels
+    to the shorter side of the image, and transparent images get a random background. Without, it is the centre square
+    on white, enlarged if need be."""
     with Image.open(path) as image:
         (width, height), profile = image.size, image.info.get("icc_profile")
         if min(width, height) < SMALLEST:
@@ -204,8 +199,7 @@ def mirrored(image, size):
 
 def color_augmented(crop, rng):
     """Mix the channels of a crop, [H,W,3] uint8, by a random matrix. It shows colours that photographs lack, and cures
-    weak saturated colours (taesd issue 11). In [0,1] it is lerp(x, clip(x @ (0.5 + randn(3,3)), 0, 1), rand(3)).
-    """
+    weak saturated colours (taesd issue 11). In [0,1] it is lerp(x, clip(x @ (0.5 + randn(3,3)), 0, 1), rand(3))."""
     image = crop / np.float32(255)
     mixed = np.clip(image @ (0.5 + rng.standard_normal((3, 3), dtype=np.float32)), 0, 1)
     return np.round(255 * (image + rng.random(3, dtype=np.float32) * (mixed - image))).astype(np.uint8)

@@ -1,9 +1,7 @@
-"""The three networks (tiny encoder, tiny decoder, discriminator) and Muon. This file imports nothing of ours, so that a
-copy of it is all that other programs need to load our weights.
+"""The three networks (tiny encoder, tiny decoder, discriminator) and Muon. A copy of this file loads our weights.
 
-The order of the layers and the names of the weights are those of taesd.py (github.com/madebyollin/taesd), so that
-weights can be exchanged in both directions. Images are in [0,1] and latents have about zero mean and unit variance;
-both are NCHW. The student never sees [-1,1] or a scaling factor.
+Layers and names of weights are those of taesd.py (github.com/madebyollin/taesd), so that weights go both ways. Images
+are in [0,1], latents have about zero mean and unit variance; both are NCHW.
 """
 import math
 
@@ -45,8 +43,7 @@ class Block(nn.Module):
 
 
 def Encoder(latent_channels=4, factor=8, width=64, variant="plain"):
-    """Images [N,3,H,W] in [0,1] -> latents [N,latent_channels,H/factor,W/factor]. The default has 1,222,532 parameters.
-    """
+    """Images [N,3,H,W] in [0,1] -> latents [N,latent_channels,H/factor,W/factor]. 1,222,532 parameters by default."""
     def down(gn=False):
         return conv(width, width, stride=2, bias=False), Block(width, gn), Block(width, gn), Block(width, gn)
     if variant == "f32":  # the stem already halves the image twice
@@ -61,9 +58,7 @@ def Encoder(latent_channels=4, factor=8, width=64, variant="plain"):
 
 
 def Decoder(latent_channels=4, factor=8, width=64, variant="plain"):
-    """Latents [N,latent_channels,h,w] -> images [N,3,h*factor,w*factor], about [0,1] but not clipped to it. The default
-    has 1,222,531 parameters.
-    """
+    """Latents [N,latent_channels,h,w] -> images [N,3,h*factor,w*factor], not clipped to [0,1]. 1,222,531 parameters."""
     def up(n_in, n_out, gn=False):
         return (Block(n_in, gn), Block(n_in, gn), Block(n_in, gn), nn.Upsample(scale_factor=2),
                 conv(n_in, n_out, bias=False))
@@ -81,10 +76,9 @@ def Decoder(latent_channels=4, factor=8, width=64, variant="plain"):
 class Discriminator(nn.Module):
     """Judges whether each patch of an image is real, given the latent that belongs to it.
 
-    Images [N,3,H,W] in [0,1] and latents [N,C,h,w] -> scores [N,5,h,w], high for real images, and the activations of
-    the five layers, a list of [N,c,H',W']. The enlarged latent enters together with the image. A 1x1 convolution reads
-    a score at each of five depths, and the scores are averaged to the size of the latent. There is no normalisation:
-    with it, D would judge a whole batch by its statistics, and colours would drift.
+    Images [N,3,H,W] in [0,1] and latents [N,C,h,w] -> scores [N,5,h,w], float32 and high for real images, and a list of
+    the activations of its five layers, [N,c,H',W']. A 1x1 convolution reads a score at each of five depths, averaged to
+    the size of the latent. With normalisation, D would judge a batch by its statistics, and colours would drift.
     """
     def __init__(self, latent_channels=4):
         super().__init__()
@@ -96,8 +90,7 @@ class Discriminator(nn.Module):
             nn.Conv2d(256, 256, 3, padding=1),
         ])
         self.scores = nn.ModuleList(nn.Conv2d(block.out_channels, 1, 1) for block in self.blocks)
-        # With PyTorch's own initialisation the signal fades from layer to layer, and D learns nothing for hundreds of
-        # steps.
+        # with PyTorch's own initialisation the signal fades, and D learns nothing for hundreds of steps
         for layer in (*self.blocks, *self.scores):
             nn.init.kaiming_normal_(layer.weight, 0.2)
             nn.init.zeros_(layer.bias)
@@ -113,7 +106,7 @@ class Discriminator(nn.Module):
 
 
 def halvings(factor):
-    """How often an image is halved: 3 times for factor 8. Raises ValueError unless factor is a power of two."""
+    """How often an image is halved: 3 times for factor 8."""
     if factor < 2 or factor & (factor - 1):
         raise ValueError(f"factor={factor}: must be a power of two, 2 or more")
     return int(math.log2(factor))
@@ -132,12 +125,10 @@ def conv_weights(module):
 # optimizers
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalised, so that all directions in a layer's weights learn equally fast
-    (Jordan et al. 2024).
+    """Momentum whose steps are orthogonalised: all directions of a layer learn equally fast (Jordan et al. 2024).
 
-    A convolution [out,in,k,k] is treated as a matrix [out,in*k*k]. The steps are those of torch.optim.Muon with
-    weight_decay=0 and adjust_lr_fn="match_rms_adamw". That class takes only matrices and multiplies them one by one;
-    this one multiplies all matrices of one shape together, in `dtype`.
+    A convolution [out,in,k,k] counts as a matrix [out,in*k*k]. The steps are those of torch.optim.Muon, which takes
+    matrices only, with weight_decay=0 and adjust_lr_fn="match_rms_adamw". Weights of one shape are computed together.
     """
     def __init__(self, weights, lr=1e-3, momentum=0.95, dtype=torch.float32):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
@@ -202,8 +193,7 @@ class CombinedOptimizer:
 
 
 def make_optimizer(kind, modules, muon_weights, dtype, **adam):
-    """kind: "muon" (Muon for `muon_weights`, Adam for all others), "adam", or "adamw" as in seraena. adam: arguments of
-    torch.optim.Adam."""
+    """kind: "muon" (Muon for `muon_weights`, Adam for the others), "adam" or "adamw" (seraena). adam: its arguments."""
     by_muon = {id(weight) for weight in muon_weights} if kind == "muon" else ()
     others = [weight for module in modules for weight in module.parameters() if id(weight) not in by_muon]
     fused = others[0].device.type != "mps"

@@ -9,6 +9,7 @@
     python sample.py --teacher=sdxl --compare=madebyollin/taesdxl --images=photos --count=100 --size=256,512
     python sample.py --curves=out-a,out-b              # the logs of two runs in one figure
 """
+import contextlib
 import os
 from json import dumps
 
@@ -18,9 +19,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from data import Images
-from model import count_parameters
 from support.checkpoint import build_student, load_checkpoint
-from support.compare import draw_whole, load_lpips, load_students, megabytes, milliseconds, print_table
+from support.compare import add_costs, draw_whole, load_students, print_table
 from support.config import configure, fail, require_positive
 from support.curves import draw_curves
 from support.device import pick_device
@@ -121,75 +121,43 @@ def save_picture(rows, path):
     save_file(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 
-# -----------------------------------------------------------------------------
-# during training
-
 class Evaluator:
-    """Measures a student on held-out images, [N,3,H,W] uint8. `teacher_metrics` are those of the teacher's own pictures
-    of these images."""
-    def __init__(self, images, vae, name):
-        self.vae, self.name = vae, name
+    """Measures students on images, [N,3,H,W] uint8, together with the teacher's own pictures of these images."""
+    def __init__(self, images, vae):
+        self.vae = vae
         self.real = images.to(vae.device, memory_format=torch.channels_last) / 255
         self.latent = chunked(vae.encode, self.real)
         self.teacher_picture = chunked(vae.decode, self.latent)
         self.teacher_metrics = compute_metrics(self.teacher_picture, self.real)
 
-    def draw(self, path, **rows):
-        rows = {"original": self.real, f"teacher: {self.name}": self.teacher_picture} | rows
-        save_picture({label: row[:8] for label, row in rows.items()}, path)
-
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # the shapes differ from those in training, too few to compile for
-    def evaluate(self, encoder, decoder, raw_decoder, autocast, path):
-        """Measure averaged weights, and draw a picture to `path`. raw_decoder: the decoder's weights without averaging.
-        Returns {"val_...": value}."""
-        with autocast:
-            latent = chunked(encoder, self.real)
-            from_teacher = chunked(decoder, self.latent).clamp(0, 1)
-            from_student = chunked(decoder, latent).clamp(0, 1)
-            raw = chunked(raw_decoder, self.latent).clamp(0, 1)
-        by_teacher = chunked(self.vae.decode, latent)
-        self.draw(path, **{"our decoder on the teacher's latents": from_teacher,
-                           "our encoder and decoder": from_student,
-                           "our encoder, the teacher's decoder": by_teacher})
-        metrics = compute_metrics(from_teacher, self.real) | compute_latent_metrics(latent, self.latent)
-        encoder_metrics = compute_metrics(by_teacher, self.real)
-        metrics |= {f"teacher_{name}": encoder_metrics[name] for name in ("psnr", "lowres_mse")}
-        metrics["psnr_raw"] = compute_metrics(raw, self.real)["psnr"]
-        return {f"val_{name}": round(value, 6) for name, value in metrics.items()}
+    @torch.compiler.set_stance("force_eager")  # in training: these shapes are too few to compile for
+    def evaluate(self, students, autocast=contextlib.nullcontext()):
+        """students: {label: {"encoder": network, "decoder": network}}, where one may be missing; autocast: the context
+        for them. Returns ({row: pictures [N,3,H,W]}, {row: {metric: value}}), beginning with the teacher's own."""
+        pictures, metrics = {"teacher": self.teacher_picture}, {"teacher": self.teacher_metrics}
+
+        def apply(network, inputs):
+            with autocast:
+                return chunked(network, inputs)
+
+        def add(row, picture, latent_metrics):
+            pictures[row] = picture.clamp(0, 1)
+            metrics[row] = compute_metrics(pictures[row], self.real) | latent_metrics
+        for label, networks in students.items():
+            if "decoder" in networks:
+                add(f"{label} decoder", apply(networks["decoder"], self.latent), {})
+            if "encoder" in networks:
+                latent = apply(networks["encoder"], self.real)
+                latent_metrics = compute_latent_metrics(latent, self.latent)
+                if "decoder" in networks:
+                    add(f"{label} encoder and decoder", apply(networks["decoder"], latent), latent_metrics)
+                add(f"{label} encoder, teacher's decoder", chunked(self.vae.decode, latent), latent_metrics)
+        return pictures, metrics
 
 
 # -----------------------------------------------------------------------------
 # python sample.py
-
-def look(vae, students, real, lpips):
-    """Apply the teacher and students, {label: {"encoder": network, "decoder": network}}, to images [N,3,H,W]. lpips: a
-    function, or None. Returns ({label: pictures of the first 8}, {label: {metric: value}}, {label: latents})."""
-    latents = chunked(vae.encode, real)
-    pictures, metrics, all_latents = {}, {}, {"the teacher's latents": latents}
-
-    def add(label, decode, latents, modules, latent_metrics=None):
-        fake = chunked(decode, latents).clamp(0, 1)
-        pictures[label] = fake[:8]
-        metrics[label] = compute_metrics(fake, real) | (latent_metrics or {})
-        metrics[label] |= {"decode_ms": milliseconds(decode, latents), "megabytes": sum(map(megabytes, modules)),
-                           "parameters": sum(map(count_parameters, modules))}
-        if lpips:
-            distances = [lpips(*pair).item() for pair in zip(fake.split(1), real.split(1))]
-            metrics[label]["lpips"] = sum(distances) / len(distances)
-    add("teacher", vae.decode, latents, [vae.vae])
-    for label, networks in students.items():
-        encoder, decoder = networks.get("encoder"), networks.get("decoder")
-        if decoder:
-            add(f"{label} decoder", decoder, latents, [decoder])
-        if encoder:
-            encoded = all_latents[f"{label} latents"] = chunked(encoder, real)
-            errors = compute_latent_metrics(encoded, latents)
-            if decoder:
-                add(f"{label} encoder and decoder", decoder, encoded, [encoder, decoder], errors)
-            add(f"{label} encoder, teacher's decoder", vae.decode, encoded, [encoder], errors)
-    return pictures, metrics, all_latents
-
 
 def check_settings():
     require_positive(globals(), "count")
@@ -216,9 +184,9 @@ def main():
     if export and checkpoint:
         return export_all(checkpoint, build_student(checkpoint), out_dir, export_name, getattr(torch, export_dtype))
     settings = checkpoint["settings"] if checkpoint else {"teacher": teacher, "data_dir": "", "val_dir": ""}
+    pictures = Images("", images) if images else Images(settings["data_dir"], settings["val_dir"])
     vae, samples = Teacher(settings["teacher"], place), os.path.join(out_dir, "samples")
     students = load_students(checkpoint, compare, vae)
-    pictures = Images("", images) if images else Images(settings["data_dir"], settings["val_dir"])
     if size == "0":
         return draw_whole(vae, students, pictures, count, os.path.join(samples, "whole"), save_picture)
     sides = [int(side) for side in size.split(",")]
@@ -228,27 +196,27 @@ def main():
         vae.check_sides(size=side)
     print(f"{out_dir}: step {checkpoint['step']}, teacher {settings['teacher']}" if checkpoint else
           f"teacher {teacher}: {vae}")
-    lpips = load_lpips(place)
     stem = os.path.join(samples, "look" if teacher else "sample")  # a look at a teacher leaves the run's picture alone
     written, found = [], {}
     for side in sides:
-        real = pictures.held_out(count, side).to(place) / 255
-        drawn, metrics, latents = look(vae, students, real, lpips)
-        factors, bias, r2 = fit_latent_rgb(latents["the teacher's latents"], real)
-        for label, z in latents.items():
-            drawn[f"{label}, by latent_rgb"] = latent_rgb(z[:8], factors, bias, side)
+        evaluator = Evaluator(pictures.held_out(count, side), vae)
+        drawn, metrics = evaluator.evaluate(students)
+        add_costs(metrics, vae, students, evaluator.latent)
+        factors, bias, r2 = fit_latent_rgb(evaluator.latent, evaluator.real)
+        drawn = {"original": evaluator.real} | drawn
+        drawn["the teacher's latents, by latent_rgb"] = latent_rgb(evaluator.latent, factors, bias, side)
         written.append(f"{stem}.png" if len(sides) == 1 else f"{stem}-{side}.png")
-        save_picture({"original": real[:8]} | drawn, written[-1])
-        print(f"\n{len(real)} images ({images or 'held out'}) of {side}x{side}, {place}, {vae.dtype}: {written[-1]}\n")
+        save_picture({row: images[:8] for row, images in drawn.items()}, written[-1])
+        print(f"\n{len(evaluator.real)} images ({images or 'held out'}) of {side}x{side}, {place}, {vae.dtype}: "
+              f"{written[-1]}\n")
         print_table(metrics)
-        found[side] = {"metrics": metrics, "latents": {label: {
-            "mean": z.mean((0, 2, 3)).tolist(), "std": z.std((0, 2, 3)).tolist()} for label, z in latents.items()}}
+        found[side] = metrics
     written.append(f"{stem}-latent_rgb.json")
     rgb_lines = save_latent_rgb(written[-1], factors, bias)
     if not checkpoint:
         print("\nlatents by channel; with the right scale, means are near 0 and standard deviations near 1:")
-        for statistic, values in found[side]["latents"]["the teacher's latents"].items():
-            print(f"{statistic:5}" + " ".join(f"{value:6.2f}" for value in values))
+        for name, values in (("mean", evaluator.latent.mean((0, 2, 3))), ("std", evaluator.latent.std((0, 2, 3)))):
+            print(f"{name:5}" + " ".join(f"{value:6.2f}" for value in values.tolist()))
         print(f"\nthe best matrix from latents to colours (R² {r2:.2f}), ready to paste:\n{rgb_lines}")
     if json:
         written.append(json)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from support.config import fail
-from support.files import load_taesd
+from support.files import load_pair
 
 NAMES = {
     "toy": os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "toy_vae"),
@@ -29,13 +29,11 @@ class Teacher:
 
     name: `toy`, `sd`, `sd-mse` or `sdxl`; a diffusers folder; a hub id, `owner/repo` or `owner/repo::subfolder`; a file
     in the original layout, `vae.safetensors` or `vae.ckpt` (`vae.ckpt::folder` names a folder with its config.json,
-    otherwise diffusers looks it up on the hub); or the encoder of a taesd.py pair, `path/taef2_encoder.pth`, with its
-    `_decoder.pth` beside it.
+    otherwise diffusers looks it up on the hub); or `path/taef2_encoder.pth` of a taesd.py pair, its decoder beside it.
 
     Attributes: `latent_channels`; `factor`, the pixels per latent along a side; `multiple`, of which the sides of all
     images must be multiples; `mean` and `std` of the raw latents, numbers or [1,C,1,1], read from the VAE's own files;
-    `student_variant`, the variant of the student that suits it. It computes in `dtype`; inputs and outputs are float32.
-    The program ends with one line if the VAE cannot be loaded.
+    `student_variant`, which suits it. It computes in `dtype`; inputs and outputs are float32.
     """
     def __init__(self, name, device="cpu", dtype=torch.float32):
         name, self.device, self.dtype = str(name), torch.device(device), dtype
@@ -44,7 +42,11 @@ class Teacher:
         self.video = False  # made for [N,3,frames,H,W]
         self.student_variant = "plain"
         if name.endswith(".pth"):
-            (encoder, shape), (decoder, _) = load_taesd(name, "encoder"), load_taesd(partner(name), "decoder")
+            halves = load_pair(name)
+            if len(halves) < 2:
+                fail(f"--teacher={name}: its other half is missing; a teacher needs taesd_encoder.pth and "
+                     f"taesd_decoder.pth, or the like, in one folder")
+            (encoder, shape), (decoder, _) = halves["encoder"], halves["decoder"]
             self.vae = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(dtype)
             self.raw_encode, self.raw_decode = encoder, decoder
             self.class_name, self.student_variant = "taesd.py pair", shape["variant"]
@@ -127,17 +129,6 @@ def resolve(name):
         fail(f"--teacher={name}: no such folder and no known name (did you mean {near}?); it takes {', '.join(NAMES)}, "
              f"a diffusers folder, a hub id owner/repo, a .safetensors or .ckpt file, or a taesd.py pair's encoder.pth")
     return where
-
-
-def partner(encoder_path):
-    """path/taef2_encoder.pth -> path/taef2_decoder.pth"""
-    folder, name = os.path.split(encoder_path)
-    if "encoder" not in name:
-        fail(f"--teacher={encoder_path}: name the encoder of a pair, taesd_encoder.pth beside taesd_decoder.pth")
-    decoder_path = os.path.join(folder, name.replace("encoder", "decoder"))
-    if os.path.isfile(encoder_path) and not os.path.isfile(decoder_path):
-        fail(f"--teacher={encoder_path}: its other half, {decoder_path}, is missing; a teacher needs both")
-    return decoder_path
 
 
 # -----------------------------------------------------------------------------

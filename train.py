@@ -97,14 +97,13 @@ if variant == "auto":
     variant = settings["variant"] = checkpoint["shape"]["variant"] if checkpoint else vae.student_variant
 shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": width, "variant": variant}
 torch.manual_seed(seed)
-torch.backends.cudnn.benchmark = True  # crops have one size
 encoder, decoder = Encoder(**shape).requires_grad_(train_encoder), Decoder(**shape).requires_grad_(train_decoder)
 discriminator = Discriminator(vae.latent_channels)
 ema_encoder, ema_decoder = (copy.deepcopy(network).requires_grad_(False) for network in (encoder, decoder))
-networks = {"encoder": encoder, "decoder": decoder, "discriminator": discriminator,
-            "ema_encoder": ema_encoder, "ema_decoder": ema_decoder}  # the averages are what is exported
-for network in networks.values():
-    network.to(device, memory_format=torch.channels_last)
+networks = torch.nn.ModuleDict({
+    "encoder": encoder, "decoder": decoder, "discriminator": discriminator,
+    "ema_encoder": ema_encoder, "ema_decoder": ema_decoder})  # averaged weights, which are what is exported
+networks.to(device, memory_format=torch.channels_last)
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 # Muon trains all convolutions of the student: with Adam, the layers next to images and latents learn too slowly, and
@@ -114,8 +113,8 @@ student_optimizer = make_optimizer(optimizer, [encoder, decoder], convs, dtype, 
 hidden = [weight for weight in conv_weights(discriminator)[1:] if weight.shape[-1] > 1]  # not the scores', 1x1
 discriminator_optimizer = make_optimizer(optimizer, [discriminator], hidden, dtype, betas=(0.5, 0.99))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-parts = networks | {"student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer,
-                    "scaler": scaler}  # what a checkpoint keeps
+parts = {**networks, "student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer,
+         "scaler": scaler}  # what a checkpoint keeps
 
 def get_lr_scale(step):
     """The factor of both learning rates: 1, and over the last share of the steps, `cooldown`, linearly down to 0."""
@@ -145,9 +144,8 @@ def adversarial_loss(real_scores, fake_scores):
 def feature_matching_loss(real_activations, fake_activations):
     """Every layer of D should see the same in a fake as in its real image (pix2pixHD). The L1 distance of each layer is
     divided by the mean size of its activations, so that all layers count alike."""
-    pairs = zip(real_activations, fake_activations)
-    distances = [F.l1_loss(fake, real).float() / real.abs().mean() for real, fake in pairs]
-    return sum(distances) / len(distances)
+    pairs = list(zip(real_activations, fake_activations))
+    return sum(F.l1_loss(fake, real).float() / real.abs().mean() for real, fake in pairs) / len(pairs)
 
 def lowres_mse(fake, real):
     """The mean colour of every 8x8 patch should be right. The adversarial loss alone would let colours drift."""
@@ -193,9 +191,8 @@ class Buffer:
         return images, self.latents[slots].float()
 
 tiles_per_side = max(1, window // crop)  # crops side by side in a window
-tiles = tiles_per_side**2
-windows = max(1, round(batch_size / echo / tiles))  # windows that are read at once
-crop_pool = Buffer(max(64 * batch_size, 64 * windows * tiles))  # large enough to mix the crops of many images
+windows = max(1, round(batch_size / echo / tiles_per_side**2))  # windows that are read at once
+crop_pool = Buffer(64 * max(batch_size, windows * tiles_per_side**2))  # large enough to mix crops of many images
 replay_buffer = Buffer(replay_size if use_discriminator else 0)
 crops_due = 0.0
 
@@ -205,10 +202,9 @@ def get_batch():
     global crops_due
     crops_due += batch_size / echo if crop_pool.filled == len(crop_pool.images) else 2 * batch_size
     while crops_due > 0:
-        real = next(loader).to(device, non_blocking=True)
-        real = real.to(memory_format=torch.channels_last).float() / 255
+        real = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
         crop_pool.add(to_tiles(real, tiles_per_side), to_tiles(vae.encode(real), tiles_per_side))
-        crops_due -= windows * tiles
+        crops_due -= windows * tiles_per_side**2
     return crop_pool.sample(batch_size)
 
 # --- start, or continue a run ----------------------------------------------------------------------------------------
@@ -217,7 +213,7 @@ exportable = [half for half in ("encoder", "decoder") if settings[f"train_{half}
 if checkpoint:
     step, images_seen, loaded = start_from(checkpoint, parts, init_from, vae, images, settings, autocast)
     exportable += [half for half in loaded if half not in exportable]
-setup_ddp([*networks.values()])
+setup_ddp(networks)
 log = Log(settings, device, dtype, compile, images, vae, networks)
 if compile:
     compile_networks([encoder, decoder, discriminator, decoder_features], vae, adversarial_scaling)
@@ -242,8 +238,8 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
         losses["encoder"] = (F.mse_loss if encoder_loss == "mse" else F.l1_loss)(student_latent, latent)
         if encoder_feature_weight > 0 and "decoder" in exportable:
             with autocast:
-                losses["encoder_feature"] = F.l1_loss(decoder_features(student_latent).float(),
-                                                      decoder_features(latent).float())
+                ours, theirs = decoder_features(student_latent), decoder_features(latent)
+            losses["encoder_feature"] = F.l1_loss(ours.float(), theirs.float())
 
     # The decoder paints a fake from the teacher's latent. Its target is the real image and not the teacher's picture of
     # it, so it may invent detail that the latent has lost.

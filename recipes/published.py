@@ -21,7 +21,7 @@ def hinge_adversarial_loss(real_scores, fake_scores):
 
 
 def frequency_l1(fake, real):
-    """L1 of the amplitudes of the 2-D Fourier transform: how much there is of each frequency, regardless of where."""
+    """L1 of the amplitudes of the 2-D Fourier transform: how much of each frequency there is, regardless of where."""
     return F.l1_loss(torch.fft.rfft2(fake, norm="ortho").abs(), torch.fft.rfft2(real, norm="ortho").abs())
 
 
@@ -40,8 +40,8 @@ def lpips(fake, real):
     return load_lpips(fake.device)(fake * 2 - 1, real * 2 - 1).mean()
 
 
-# Functions that replace the adversarial loss by one with a gradient of another size. They take the adversarial loss, the
-# fakes, the sum of the losses so far, the decoder, and the GradScaler.
+# These replace the adversarial loss by one with a gradient of another size. They take the adversarial loss, the fakes,
+# the sum of the losses so far, the decoder, and the GradScaler.
 
 def unit_gradient(adversarial, fake, total, decoder, scaler):
     """A loss whose gradient on the fakes has a standard deviation of 1 / fake.numel() over the batch, so that it can

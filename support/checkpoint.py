@@ -1,6 +1,5 @@
 """Starts a run from a checkpoint or from weights in any format, and saves it."""
 import os
-import re
 import sys
 
 import torch
@@ -11,7 +10,7 @@ from support.config import fail, one_line
 from support.device import RANK, explain_out_of_memory
 from support.donor import init_from_donor
 from support.export import model_card, save_diffusers, save_taesd
-from support.files import load_file, load_halves, save_file
+from support.files import load_file, load_pair, save_file
 from teacher import NAMES, download, is_hub_id
 
 BUNDLED_DONOR = os.path.join(os.path.dirname(__file__), "..", "assets", "donor", "taesd_encoder.pth")
@@ -27,9 +26,8 @@ def checkpoint_paths(out_dir):
     return os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "ckpt_previous.pt")
 
 
-def load_checkpoint(out_dir, set_aside=False):
-    """Read a run's last checkpoint onto the CPU, or the one before if the last is missing or damaged. Fails if neither
-    can be read. set_aside: rename a damaged one, so that the next save does not keep it as the one before."""
+def load_checkpoint(out_dir):
+    """Read a run's last checkpoint, or the one before if the last is missing or damaged."""
     path, previous = checkpoint_paths(out_dir)
     if not os.path.isfile(path) and not os.path.isfile(previous):
         fail(f"--out_dir={out_dir}: no such file as {path}, so there is no run here yet")
@@ -38,8 +36,6 @@ def load_checkpoint(out_dir, set_aside=False):
     except SystemExit as error:
         if not os.path.isfile(previous):
             raise
-        if set_aside and os.path.exists(path):
-            os.replace(path, f"{path}.damaged")
         print(f"{str(error).removeprefix('error: ')}; going back to {previous}", file=sys.stderr)
         checkpoint, path = load_file(previous), previous
     if not isinstance(checkpoint, dict) or not {"settings", "shape", "exportable"} <= checkpoint.keys():
@@ -63,11 +59,7 @@ def load_student(source, flag="--init_from"):
             fail(f"{flag}={source}: no such weights; it takes donor, a run's out_dir, a taesd.py .pth file, a "
                  f".safetensors file, an AutoencoderTiny folder or a hub id owner/repo")
         path = download(f"{flag}={source}", source, TINY_WEIGHTS)
-    halves, (folder, name) = load_halves(path), os.path.split(path)
-    for half in ("encoder", "decoder"):
-        other = os.path.join(folder, re.sub("encoder|decoder", half, name))
-        if half not in halves and os.path.isfile(other):
-            halves |= load_halves(other)
+    halves = load_pair(path)
     shapes = [shape for _, shape in halves.values()]
     if shapes[0] != shapes[-1]:
         fail(f"{source}: encoder and decoder differ: {shapes[0]} and {shapes[1]}")
@@ -99,7 +91,7 @@ def open_run(settings):
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         fail(f"--out_dir={out_dir}: is a file; choose a folder, which need not exist yet")
     if init_from == "resume":
-        checkpoint = load_checkpoint(out_dir, set_aside=RANK == 0)
+        checkpoint = load_checkpoint(out_dir)
         if checkpoint["step"] >= settings["max_iters"]:
             fail(f"--max_iters={settings['max_iters']}: the run in {out_dir} has done {checkpoint['step']} steps; "
                  f"raise --max_iters to go on")
@@ -112,7 +104,7 @@ def open_run(settings):
 
 
 def start_from(checkpoint, parts, init_from, vae, images, settings, autocast):
-    """Load into `parts`, {name: network, optimizer or scaler}, what open_run returned: a run's whole state to resume it,
+    """Load what open_run returned into `parts`, {name: network, optimizer or scaler}: a run's whole state to resume it,
     or the weights that a new run starts from. Returns (step, images seen, halves of the student that are loaded)."""
     if init_from == "resume":
         resume(checkpoint, parts, settings["out_dir"])
@@ -128,23 +120,22 @@ def resume(checkpoint, parts, out_dir):
             if checkpoint[name]:  # a scaler that is not in use has no state
                 part.load_state_dict(checkpoint[name])
         except (RuntimeError, ValueError, KeyError) as error:
-            fail(f"--init_from=resume: the {name} of {out_dir} does not fit ({one_line(error, 200)}); to go on with other "
-                 f"settings, run python train.py {out_dir}/settings.py --init_from={out_dir} --out_dir=another")
+            fail(f"--init_from=resume: the {name} of {out_dir} does not fit ({one_line(error, 200)}); to go on with "
+                 f"other settings, run python train.py {out_dir}/settings.py --init_from={out_dir} --out_dir=another")
     print(f"resume    {out_dir}, after step {checkpoint['step']:,}")
 
 
 def load_weights(checkpoint, parts, vae, images, settings, autocast):
-    """Load averaged weights. A student of another teacher becomes a donor: the layers next to its latents are solved for
-    this teacher."""
-    source, halves, width = f"--init_from={settings['init_from']}", checkpoint["exportable"], checkpoint["shape"]["width"]
+    """Load averaged weights. From a student of another teacher, the layers next to the latents are solved."""
+    source, width = f"--init_from={settings['init_from']}", checkpoint["shape"]["width"]
     if width != settings["width"]:
         fail(f"{source}: its student has a width of {width} and keeps it; add --width={width}")
-    same_teacher = checkpoint.get("settings", {}).get("teacher") == settings["teacher"]
     try:
         student = build_student(checkpoint)
     except Exception as error:  # a fork's weights, for example
         fail(f"{source}: its student does not fit Encoder and Decoder ({one_line(error, 200)})")
-    networks = {half: parts[half] for half in halves}
+    networks = {half: parts[half] for half in student}
+    same_teacher = checkpoint.get("settings", {}).get("teacher") == settings["teacher"]
     known = init_from_donor(student, networks, same_teacher, vae, images, settings, autocast)
     for half, network in networks.items():
         if not all(weight.isfinite().all() for weight in network.parameters()):
@@ -173,11 +164,10 @@ def save_checkpoint(checkpoint, networks, out_dir):
         return
     path, previous = checkpoint_paths(out_dir)
     save_file(path, lambda temporary: torch.save(checkpoint, temporary), keep=previous)
-    for half in checkpoint["exportable"]:
-        save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), networks[f"ema_{half}"])
-    if len(checkpoint["exportable"]) == 2 and checkpoint["shape"]["variant"] == "plain":
-        student = {half: networks[f"ema_{half}"] for half in ("encoder", "decoder")}
-        save_diffusers(os.path.join(out_dir, "diffusers"), student, checkpoint["shape"], card=model_card(checkpoint))
+    student = {half: networks[f"ema_{half}"] for half in checkpoint["exportable"]}
+    for half, network in student.items():
+        save_taesd(os.path.join(out_dir, f"taesd_{half}.pth"), network)
+    save_diffusers(os.path.join(out_dir, "diffusers"), student, checkpoint["shape"], card=model_card(checkpoint))
 
 
 def fail_not_finite(settings, step, what):

@@ -16,8 +16,7 @@ def to_eight_bits(image):
 
 
 def to_srgb(image, profile):
-    """An image of to_eight_bits from the colours of its embedded ICC profile, if it has one, to sRGB: L, RGB or RGBA.
-    """
+    """An image of to_eight_bits, from the colours of its ICC profile, if it has one, to sRGB: L, RGB or RGBA."""
     mode = image.mode.removesuffix("A")
     transform = make_transform(profile, mode) if profile else None
     if transform:
@@ -30,8 +29,7 @@ def to_srgb(image, profile):
 
 @functools.lru_cache(64)  # most folders contain a handful of profiles
 def make_transform(profile, mode):
-    """The transform from a profile's colours to sRGB. None where the profile is that of sRGB, is damaged, or is for
-    other channels than the image has."""
+    """From a profile's colours to sRGB; None where the profile is sRGB's, is damaged, or has other channels."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")

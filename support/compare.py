@@ -1,5 +1,4 @@
 """What sample.py needs to compare students: their weights, speed and sizes, a table, and whole pictures."""
-import importlib.util
 import os
 import time
 
@@ -7,16 +6,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from recipes import published
+from model import count_parameters
 from support.checkpoint import build_student, load_student
 from support.colors import to_eight_bits, to_srgb
 from support.config import fail
 
 # metric: (heading, format)
 COLUMNS = {"psnr": ("PSNR dB", "8.2f"), "ssim": ("SSIM", "7.4f"), "lowres_mse": ("lowres MSE", "11.6f"),
-           "sharpness": ("sharpness", "10.3f"), "lpips": ("LPIPS", "7.4f"), "latent_mse": ("latent MSE", "11.4f"),
+           "sharpness": ("sharpness", "10.3f"), "latent_mse": ("latent MSE", "11.4f"),
            "latent_mean_error": ("mean error", "11.3f"), "latent_std_error": ("std error", "10.3f"),
-           "decode_ms": ("decode ms", "10.1f"), "megabytes": ("MB", "7.1f"), "parameters": ("parameters", "12,")}
+           "decode_ms": ("decode ms", "10.1f"), "parameters": ("parameters", "12,")}
 LARGEST = 2048  # longer side of a whole picture in pixels; a student of width 64 needs 4 GB for one of this size
 
 
@@ -36,27 +35,18 @@ def load_students(checkpoint, compare, vae):
     return students
 
 
-def load_lpips(place):
-    """The perceptual distance of fake and real images, or None where the lpips package or its weights are missing."""
-    if importlib.util.find_spec("lpips"):
-        try:
-            return published.lpips(place)
-        except SystemExit as error:
-            print(f"no LPIPS ({error})")
-
-
-def milliseconds(decode, latents):
-    """Time to decode the first of the latents: the median of five runs, after one to warm up."""
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        decode(latents[:1]).sum().item()  # .item() waits for the device
-        times.append(1000 * (time.perf_counter() - start))
-    return sorted(times[1:])[2]
-
-
-def megabytes(module):
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters()) / 2**20
+def add_costs(metrics, vae, students, latents):
+    """Add to the metrics of the teacher and of each decoder how long it takes to decode the first of the latents, in
+    milliseconds (the median of five runs, after one to warm up), and how many parameters the network has."""
+    decoders = {f"{label} decoder": networks["decoder"] for label, networks in students.items() if "decoder" in networks}
+    for row, decode in ({"teacher": vae.decode} | decoders).items():
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            decode(latents[:1]).sum().item()  # .item() waits for the device
+            times.append(1000 * (time.perf_counter() - start))
+        network = vae.vae if row == "teacher" else decode
+        metrics[row] |= {"decode_ms": sorted(times[1:])[2], "parameters": count_parameters(network)}
 
 
 def print_table(rows):
@@ -90,23 +80,20 @@ def whole_picture(path, multiple):
 
 
 def draw_whole(vae, students, images, count, folder, save_picture):
-    """Write the first `count` readable held-out images, one file each, with the original, the teacher's picture and
-    those of the students' decoders side by side."""
+    """Write a file for each of the first `count` images: the original, the teacher's picture and the students'."""
     if vae.class_name in ("AutoencoderKL", "AutoencoderKLFlux2"):  # these can process large images in tiles
         vae.vae.enable_tiling()
         vae.vae.tile_sample_min_size, vae.vae.tile_latent_min_size = 1024, 1024 // vae.factor
-    common = os.path.commonpath([os.path.dirname(path) for path in images.val])
-    for path in images.val:
-        pixels = images.attempt(whole_picture, path, vae.multiple) if count else None
+    for number, path in enumerate(images.val[:count], 1):
+        pixels = images.attempt(whole_picture, path, vae.multiple)
         if pixels is None:
             continue
-        count -= 1
         real = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(vae.device) / 255
         latent = vae.encode(real)
         shown = {"original": real, "teacher": vae.decode(latent)}
         for label, networks in students.items():
             if "decoder" in networks:
                 shown[label.rstrip(":")] = networks["decoder"](latent).clamp(0, 1)
-        target = os.path.join(folder, os.path.relpath(path, common).replace(os.sep, "_") + ".png")
+        target = os.path.join(folder, f"{number:03d}_{os.path.basename(path)}.png")
         save_picture({" | ".join(shown): torch.cat(list(shown.values()))}, target)
         print(f"wrote {target}, {real.shape[-1]}x{real.shape[-2]} each: {' | '.join(shown)}", flush=True)

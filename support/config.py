@@ -24,11 +24,6 @@ def one_line(text, length=2000):
     return " ".join(str(text).split())[:length]
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
-
-
 def configure(settings, arguments=None):
     """Override a script's `globals()` by files of settings (recipes/ft_mse.py), then by --name=value.
 
@@ -40,9 +35,10 @@ def configure(settings, arguments=None):
         source = file.read().split("configure(globals())")[0].split("# ---", 1)[-1]  # from the first rule to the call
     comments = dict(re.findall(r"^([a-z]\w*) *= .*?# *(.+)$", source, re.MULTILINE))
     defaults = {name: settings[name] for name in comments if type(settings.get(name)) in RULES}
-    parser = Parser(usage="python %(prog)s [settings.py ...] [--name=value ...]", description=settings.get("__doc__"),
-                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="python %(prog)s [settings.py ...] [--name=value ...]", description=settings.get("__doc__"),
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = fail
     for name, default in defaults.items():
         help_line = f"{comments[name]} [{default!r}]".replace("%", "%%")
         switch = {"nargs": "?", "const": "true"} if type(default) is bool else {}

@@ -1,4 +1,4 @@
-"""Draws what log.jsonl holds: metrics and losses over the images seen, and the teacher's own metrics as dashed lines."""
+"""Draws what log.jsonl holds: metrics and losses over the images seen, with the teacher's own metrics dashed."""
 import json
 import os
 
@@ -12,8 +12,8 @@ NOT_LOSSES = ("step", "images_seen", "images_per_second", "data_wait", "peak_mem
 
 
 def read_log(out_dir):
-    """(metrics of the teacher, {name: {images seen: value}}) of a run. Steps that were repeated after a kill count once,
-    and a line that was cut short is ignored."""
+    """(metrics of the teacher, {name: {images seen: value}}) of a run. Steps that were repeated after a kill count
+    once, and a line that was cut short is ignored."""
     path, teacher_metrics, records = os.path.join(out_dir, "log.jsonl"), {}, []
     try:
         with open(path, encoding="utf-8") as file:
@@ -44,14 +44,12 @@ def draw_curves(out_dirs, path):
     losses = sorted({name for _, _, curves in logs for name in curves if not name.startswith("val_")})
     titles = METRICS | {name: (f"loss: {name}", True) for name in losses}
     rows = 1 + -(-len(losses) // len(METRICS))
-    figure = Figure((20, 4 * rows))
+    figure = Figure((20, 4 * rows), layout="constrained")
     axes = figure.subplots(rows, len(METRICS), squeeze=False).flatten()
-    figure.subplots_adjust(left=0.04, right=0.99, top=1 - 0.1 / rows, bottom=0.16 / rows, wspace=0.3)
     for ax, (name, (title, logarithmic)) in zip(axes, titles.items()):
         for number, (out_dir, teacher_metrics, curves) in enumerate(logs):
             values, color = curves.get(name, {}), f"C{number}"
-            marker = "." if len(values) < 50 else ""
-            ax.plot(list(values), list(values.values()), color=color, label=out_dir, marker=marker)
+            ax.plot(list(values), list(values.values()), color=color, label=out_dir, marker=".")
             if name in METRICS and name.removeprefix("val_") in teacher_metrics:
                 ax.axhline(teacher_metrics[name.removeprefix("val_")], color=color, linestyle="--", alpha=0.5)
             logarithmic = logarithmic and all(value > 0 for value in values.values())
@@ -60,5 +58,5 @@ def draw_curves(out_dirs, path):
     for ax in axes[len(titles):]:
         ax.set_axis_off()
     axes[0].legend()
-    figure.supxlabel("images seen (dashed: the teacher's own pictures)", y=0)
+    figure.supxlabel("images seen (dashed: the teacher's own pictures)")
     save_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=80))

@@ -1,5 +1,4 @@
-"""What the machine can do: its device and number format, torch.compile, several GPUs, and steps recorded as CUDA graphs.
-"""
+"""What the machine can do: its device and number format, torch.compile, several GPUs, and CUDA graphs."""
 import atexit
 import datetime
 import os
@@ -8,7 +7,6 @@ import traceback
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm  # is installed together with diffusers
 
 from support.config import fail, one_line
 
@@ -29,14 +27,14 @@ def pick_device(name):
         torch.zeros(1, device=name)
         if name.startswith("cuda:"):
             torch.cuda.set_device(name)
+        torch.backends.cudnn.benchmark = True  # finds the fastest kernels; crops always have one size
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device={name}: cannot be used here ({str(error).splitlines()[0]}); --device=auto picks one that can")
 
 
 def pick_dtype(name, device):
-    """"auto" -> bfloat16 where the hardware computes in it, float16 on older GPUs, else float32. Returns a torch.dtype.
-    """
+    """"auto" -> a torch.dtype: bfloat16 where the hardware computes in it, float16 on older GPUs, else float32."""
     if name == "auto" and device.type == "cuda":
         name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif name == "auto":
@@ -82,31 +80,29 @@ def explain_out_of_memory(settings):
 
 
 # -----------------------------------------------------------------------------
-# Several GPUs: `torchrun --standalone --nproc_per_node=4 train.py ...` starts one process for each of them. Each process
-# trains on its share of the batch, and gradients are averaged. Only the first one (rank 0) measures, writes and prints.
-# A loss that looks at a whole batch, such as feature matching, looks at the share of one process.
+# Several GPUs: `torchrun --standalone --nproc_per_node=4 train.py ...` starts one process for each. Each trains on its
+# share of the batch, and gradients are averaged. Only the first one (rank 0) measures, writes and prints. A loss that
+# looks at a whole batch, such as feature matching, looks at the share of one process.
 
-def setup_ddp(networks):
+def setup_ddp(module):
     """Connect the processes, copy rank 0's weights to all of them, and average gradients from here on."""
     if RANKS == 1:
         return
+    def average_gradient(weight):
+        gradient = weight.grad.contiguous() / RANKS
+        dist.all_reduce(gradient)
+        weight.grad.copy_(gradient)
     torch.manual_seed(torch.initial_seed() + RANK)  # each process draws crops and noise of its own
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     # rank 0 evaluates while the others wait, hence the long timeout
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=datetime.timedelta(hours=2))
     atexit.register(leave, 1)  # after an error, leave at once; the other processes would wait for this one
-    for weight in torch.nn.ModuleList(networks).parameters():
+    for weight in module.parameters():
         contiguous = weight.detach().contiguous()  # NCCL does not take the channels_last layout
         dist.broadcast(contiguous, 0)
         weight.detach().copy_(contiguous)
         if weight.requires_grad:
             weight.register_post_accumulate_grad_hook(average_gradient)
-
-
-def average_gradient(weight):
-    gradient = weight.grad.contiguous() / RANKS
-    dist.all_reduce(gradient)
-    weight.grad.copy_(gradient)
 
 
 def any_rank(flag):
@@ -131,21 +127,17 @@ WARM_UP = 5  # calls in which torch.compile compiles, cuDNN chooses its kernels 
 
 
 def cuda_graphed(device, compile, scaler):
-    """A decorator for a training step: on a GPU its kernels are recorded once and then started together.
-
-    A step consists of about two thousand small kernels, and a CPU needs longer to start them one by one than a large
-    GPU needs to run them. Nothing is recorded with --compile=false, with a GradScaler (which looks at the gradients),
-    or with several processes (which exchange them). Where torch.compile does not work, steps are still recorded.
-    """
+    """A decorator for a training step: on a GPU its two thousand small kernels are recorded once and then started
+    together, because a CPU needs longer to start them one by one than a large GPU needs to run them. Not with
+    --compile=false, with a GradScaler (which looks at the gradients), or with several processes."""
     possible = device.type == "cuda" and compile.lower() != "false" and not scaler.is_enabled() and RANKS == 1
     return CudaGraphed if possible else lambda function: function
 
 
 class CudaGraphed:
-    """A function of tensors, numbers and None that changes weights in place. Its Python code runs only in the first
-    calls for each shape of its arguments, so numbers, branches and the CPU's random numbers stay as they were when it
-    was recorded. The function must not ask for the value of a tensor. The next call overwrites what it returns.
-    """
+    """A function of tensors, numbers and None that changes weights in place. Its Python code only runs in the first
+    calls for each shape of its arguments, so branches and the CPU's random numbers stay as they were when it was
+    recorded. It must not ask for the value of a tensor. The next call overwrites what it returns."""
     def __init__(self, function):
         self.function, self.stream = function, torch.cuda.Stream()
         self.shapes = self.graph = self.inputs = self.outputs = None
@@ -191,4 +183,4 @@ class CudaGraphed:
             ours = [frame for frame in traceback.extract_tb(cause.__traceback__) if "-packages" not in frame.filename]
             fail(f"{ours[-1].filename}:{ours[-1].lineno}: cannot be recorded as a CUDA graph, in which nothing may ask "
                  f"for a tensor's value ({one_line(cause, 200)}); --compile=false runs it as it is")
-        tqdm.write("machine   a step is recorded as a CUDA graph; from here on its Python code does not run")
+        print("machine   a step is recorded as a CUDA graph; from here on its Python code does not run", flush=True)

@@ -1,8 +1,6 @@
-"""Starts from the student of another VAE. Its layers next to the latents are solved, and the other layers are copied.
-
-What a student knows of its VAE is in the layers next to the latents; the rest of it knows pictures. Least squares solve
-the encoder's last convolution to give the teacher's latents, and the decoder's first convolution to give the copied
-layers the same input as in the donor. Linear maps between latent spaces keep most of a picture (arXiv 2407.13449).
+"""Starts from the student of another VAE, the donor. What it knows of its VAE is in the layers next to the latents; the
+other layers know pictures, and are copied. Least squares solve the encoder's last convolution to give the teacher's
+latents, and the decoder's first one to give the copied layers the same input as in the donor (arXiv 2407.13449).
 """
 import time
 from itertools import takewhile
@@ -52,7 +50,7 @@ def is_solvable(layer):
 
 
 def fits(new, old):
-    """Whether the weights of layer `old` can be copied into `new`. GroupNorm branches that only `new` has start at 0."""
+    """Whether the weights of `old` fit into `new`, which may have additional GroupNorm branches that start at 0."""
     shapes, old_shapes = ({name: weight.shape for name, weight in layer.state_dict().items()} for layer in (new, old))
     only_new = shapes.keys() - old_shapes.keys()
     return (type(new) is type(old) and getattr(new, "stride", 0) == getattr(old, "stride", 0)
@@ -78,8 +76,7 @@ def solve_encoder(new, old, pictures, latents, autocast):
 
 
 def solve_decoder(new, old, latents, old_latents, autocast):
-    """Copy layers from the image back towards the latent, and solve the convolution before them. In a decoder of a
-    larger factor no ReLU stood at that place of the donor, and negative values are lost, which costs nothing."""
+    """Copy layers from the image back towards the latent, and solve the convolution before them."""
     start = len(new) - len(copy_layers(new[2:][::-1], old[2:][::-1]))  # not the Clamp and the first convolution
     while not is_solvable(new[start - 1]) and not isinstance(new[start - 1], nn.ReLU):
         start += 1  # until a convolution, or a ReLU after one, comes right before the copied layers
@@ -104,11 +101,9 @@ def knows_latents(donor, picture, latent):
 
 @torch.no_grad()
 def init_from_donor(donor, networks, same_teacher, vae, images, settings, autocast):
-    """Set fresh networks, {half: network}, from those of a donor with the same keys and width.
-
-    A donor that knows the teacher's latents is copied whole, and True is returned. Otherwise, the layers next to the
-    latents are solved, and layers without a counterpart in the donor stay as they are. autocast: to compute in.
-    """
+    """Set fresh networks, {half: network}, from those of a donor. If it knows the teacher's latents, it is copied whole
+    and True is returned. Otherwise, the layers next to the latents are solved, and layers without a counterpart in the
+    donor stay as they are. autocast: the context to compute in."""
     source, started = f"--init_from={settings['init_from']}", time.time()
     if not all(isinstance(network, nn.Sequential) for network in [*networks.values(), *donor.values()]):
         fail(f"{source}: to start from other weights, Encoder and Decoder must be nn.Sequential")
@@ -126,8 +121,6 @@ def init_from_donor(donor, networks, same_teacher, vae, images, settings, autoca
             return True  # another variant, perhaps
     if "encoder" not in donor:
         fail(f"{source}: this decoder does not know the teacher's latents; to solve it for them, its encoder is needed")
-    if not is_solvable(networks["encoder"][-1]):
-        fail(f"{source}: is not of this teacher; to solve it, Encoder must end in a 3x3 convolution")
 
     n = 4 * vae.factor  # pictures: this gives many more latents than weights, and more pictures gain nothing
     pictures, latents = zip(*[batch(k) for k in range(n // CHUNK)])

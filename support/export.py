@@ -19,7 +19,6 @@ from safetensors.torch import save_file as write_safetensors
 
 import model
 from model import Clamp
-from support.config import one_line
 from support.files import save_file, save_text
 
 
@@ -45,8 +44,10 @@ def save_safetensors(path, student, dtype=torch.float32):
 
 
 def save_diffusers(folder, student, shape, dtype=torch.float32, card=""):
-    """Write a `diffusers.AutoencoderTiny` folder with `card` as its README.md. Returns whether it was possible; if not,
-    prints the reason. AutoencoderTiny takes and returns images in [-1,1], and converts them itself."""
+    """Write a `diffusers.AutoencoderTiny` folder with `card` as its README.md. Returns '', or why that is not possible.
+    AutoencoderTiny takes and returns images in [-1,1], and converts them itself."""
+    if shape["variant"] != "plain" or len(student) < 2:
+        return "AutoencoderTiny can only hold an encoder and a decoder of the plain variant"
     from diffusers import AutoencoderTiny
     depth = model.halvings(shape["factor"])
     widths = (shape["width"],) * (depth + 1)
@@ -58,12 +59,11 @@ def save_diffusers(folder, student, shape, dtype=torch.float32, card=""):
     for half, network in student.items():
         theirs, ours = (each.state_dict() for each in (getattr(vae, half).layers, without_clamp(network)))
         if {name: w.shape for name, w in theirs.items()} != {name: w.shape for name, w in ours.items()}:
-            print(f"no diffusers folder: AutoencoderTiny cannot express this {half}")
-            return False
+            return f"AutoencoderTiny cannot hold this {half}"
     save_safetensors(os.path.join(folder, "diffusion_pytorch_model.safetensors"), student, dtype)
     save_text(os.path.join(folder, "config.json"), vae.to_json_string())
     save_text(os.path.join(folder, "README.md"), card)
-    return True
+    return ""
 
 
 def save_onnx(path, network, dtype=torch.float32):
@@ -86,10 +86,8 @@ def save_onnx(path, network, dtype=torch.float32):
 def model_card(checkpoint, name="taesd", preview=""):
     """README.md with the header of the Hugging Face hub. name: of the files; preview: a picture in the same folder."""
     settings, shape, metrics = checkpoint["settings"], checkpoint["shape"], checkpoint["metrics"]
-    halves = checkpoint["exportable"]
-    teacher, data, origin = (os.path.basename(os.path.normpath(settings[key]))
-                             for key in ("teacher", "data_dir", "init_from"))
-    data = data if settings["data_dir"] else "assets/photos"
+    halves, teacher = checkpoint["exportable"], os.path.basename(os.path.normpath(settings["teacher"]))
+    data = os.path.basename(os.path.normpath(settings["data_dir"] or "assets/photos"))
     losses = [f"{key} {value:g}" for key, value in settings.items() if key.endswith("_weight") and value]
     rows = []
     for key, value in metrics.items():
@@ -120,7 +118,8 @@ from model import Decoder, Encoder  # model.py is written together with the weig
 Teacher: {checkpoint["teacher"]}.
 
 Trained for {checkpoint["step"]:,} steps ({checkpoint["images_seen"]:,} images) on crops of {settings["crop"]} pixels,
-batch size {settings["batch_size"]}, seed {settings["seed"]}, images of {data}, started from {origin}.
+batch size {settings["batch_size"]}, seed {settings["seed"]}, images of {data}, started from
+{os.path.basename(os.path.normpath(settings["init_from"]))}.
 Losses: {", ".join(losses)}.
 
 | held-out images of {settings["eval_size"]} pixels | |
@@ -131,7 +130,7 @@ Losses: {", ".join(losses)}.
 
 def export_all(checkpoint, student, out_dir, name, dtype):
     """Write a run's averaged weights, {half: network}, to out_dir/export in every format that can hold them."""
-    shape, folder, written = checkpoint["shape"], os.path.join(out_dir, "export"), []
+    folder, written = os.path.join(out_dir, "export"), []
     pictures = sorted(glob(os.path.join(out_dir, "samples", "[0-9]*.png")))
 
     def path(file):
@@ -144,19 +143,13 @@ def export_all(checkpoint, student, out_dir, name, dtype):
     if pictures:  # of the last evaluation
         save_file(path("preview.png"), lambda temporary: shutil.copyfile(pictures[-1], temporary))
     save_text(path("README.md"), model_card(checkpoint, name, "preview.png" if pictures else ""))
-    if shape["variant"] != "plain":
-        print(f"no diffusers folder: AutoencoderTiny cannot express the variant {shape['variant']}")
-    elif len(student) < 2:
-        print(f"no diffusers folder: AutoencoderTiny needs both halves, this run has the {checkpoint['exportable'][0]}")
-    elif save_diffusers(os.path.join(folder, "diffusers"), student, shape, dtype, model_card(checkpoint)):
-        written.append("diffusers")
+    problem = save_diffusers(path("diffusers"), student, checkpoint["shape"], dtype, model_card(checkpoint))
+    if problem:
+        written.remove("diffusers")
+        print(f"no diffusers folder: {problem}")
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
         for half, network in student.items():
-            try:
-                save_onnx(path(f"{name}_{half}.onnx"), network, dtype)
-            except Exception as error:  # a fork's own layers
-                written.pop()
-                print(f"no {name}_{half}.onnx: {one_line(error, 200)}")
+            save_onnx(path(f"{name}_{half}.onnx"), network, dtype)
     else:
         print("no ONNX files: they need two more packages, pip install onnx onnxscript")
     print(f"{folder}: wrote {', '.join(written)}")

@@ -1,5 +1,6 @@
 """Reads weights files, which may come from a stranger, and writes files so that each is either complete or absent."""
 import os
+import re
 
 import torch
 from safetensors.torch import load_file as load_safetensors
@@ -22,8 +23,7 @@ def save_file(path, write, keep=None):
     except Exception as error:  # torch, Pillow and safetensors raise different errors when a disk is full
         if os.path.isfile(temporary):
             os.remove(temporary)
-        fail(f"{path}: could not be written ({one_line(error, 120)}): is the disk full? What was there before is "
-             f"untouched")
+        fail(f"{path}: could not be written ({one_line(error, 120)}). What was there before is untouched")
 
 
 def save_text(path, text):
@@ -46,14 +46,6 @@ def load_file(path):
         fail(f"{path}: not a readable weights file ({type(error).__name__}: {one_line(error, 120)})")
 
 
-def load_taesd(path, half):
-    """The encoder or decoder in a weights file: (network in float32, its arguments)."""
-    halves = load_halves(path)
-    if half not in halves:
-        fail(f"{path}: holds no {half}")
-    return halves[half]
-
-
 def load_halves(path):
     """Read a weights file with one half in taesd.py's layout, or with one or both in that of diffusers.
 
@@ -74,24 +66,35 @@ def load_halves(path):
     return {half: network_from_state(half_state, path) for half, half_state in states.items()}
 
 
+def load_pair(path):
+    """What load_halves returns, with the other half from the file beside it, if there is one: taesd_encoder.pth and
+    taesd_decoder.pth, for example."""
+    halves, (folder, name) = load_halves(path), os.path.split(path)
+    for half in ("encoder", "decoder"):
+        other = os.path.join(folder, re.sub("encoder|decoder", half, name))
+        if half not in halves and os.path.isfile(other):
+            halves |= load_halves(other)
+    return halves
+
+
 def network_from_state(state, path):
     """(network in float32, its arguments) of a state dict in taesd.py's layout. path: the file, for the error."""
     try:
         state = dict(sorted(state.items(), key=lambda item: [int(n) for n in item[0].split(".") if n.isdigit()]))
         is_decoder = "0.weight" not in state
         convs = {key: value for key, value in state.items() if value.ndim == 4}
-        first, last_bias = list(convs.values())[0], list(state.values())[-1]
+        first, last = list(convs.values())[0], list(state.values())[-1]
         width = list(convs.values())[-1].shape[1]
         is_f32 = first.shape[0] != width
         # the convolutions that halve or double have no bias, except for two in the stem of the f32 encoder
         without_bias = [key for key in convs if key.count(".") == 1 and key.replace("weight", "bias") not in state]
         halvings = len(without_bias) + (2 if is_f32 and not is_decoder else 0)
         has_pool = any(".pool." in key for key in state)
-        shape = {"latent_channels": first.shape[1] if is_decoder else len(last_bias), "factor": 2 ** halvings,
+        shape = {"latent_channels": first.shape[1] if is_decoder else len(last), "factor": 2 ** halvings,
                  "width": width, "variant": "f32" if is_f32 else "midblock_gn" if has_pool else "plain"}
         network = (Decoder if is_decoder else Encoder)(**shape)
         network.load_state_dict(state)
     except Exception as error:
-        fail(f"{path}: not an encoder or decoder in taesd.py's layout, the weights of a tiny autoencoder; a VAE of full "
-             f"size is a --teacher= ({one_line(error, 300)})")
+        fail(f"{path}: not an encoder or decoder in taesd.py's layout; a VAE of full size is a --teacher= "
+             f"({one_line(error, 300)})")
     return network.float(), shape

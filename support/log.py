@@ -13,48 +13,41 @@ import sys
 import time
 
 import torch
-from tqdm import tqdm  # is installed together with diffusers
 
 from model import count_parameters
-from sample import Evaluator
+from sample import Evaluator, save_picture
 from support.checkpoint import fail_not_finite
 from support.config import fail
 from support.curves import draw_curves
 from support.device import RANK, RANKS, any_rank, leave
 from support.files import save_text
 
-BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}"
 STARTED = time.time()
 
 
 class Log:
-    """On a terminal it shows a progress bar, elsewhere lines. Losses stay on the device until they are reported, so
-    that the CPU does not wait for the GPU in every step."""
+    """Losses stay on the device until they are reported, so that the CPU does not wait for the GPU in every step."""
     def __init__(self, settings, device, dtype, compile, images, vae, networks):
         self.settings, self.out_dir, self.device = settings, settings["out_dir"], device
         machine = {"device": str(device), "dtype": str(dtype), "compile": str(compile)}
         self.print_summary(machine, images, vae, networks)
         held_out = images.held_out(settings["eval_images"], settings["eval_size"])
-        self.evaluator = Evaluator(held_out, vae, settings["teacher"])
+        self.evaluator = Evaluator(held_out, vae)
         images.batch(settings["crop"], 1, 0, [settings["seed"], 0])  # fails now if most files cannot be read
         teacher_metrics = self.evaluator.teacher_metrics
         print(f"goal      the teacher's own pictures of the held-out images: psnr {teacher_metrics['psnr']:.2f} dB, "
               f"sharpness {teacher_metrics['sharpness']:.2f}", flush=True)
-        try:
-            os.makedirs(self.out_dir, exist_ok=True)
-        except OSError as error:
-            fail(f"--out_dir={self.out_dir}: cannot be made ({error.strerror})")
         if RANK == 0:
-            self.evaluator.draw(os.path.join(self.out_dir, "samples", "teacher.png"))
-            lines = [f"{name} = {value!r}" for name, value in settings.items()]
-            save_text(os.path.join(self.out_dir, "settings.py"),
-                      "# Written by train.py; a file of settings like those in recipes/.\n" + "\n".join(lines) + "\n")
+            self.draw("teacher", {"teacher": self.evaluator.teacher_picture})
+            lines = ["# Written by train.py: a file of settings like those in recipes/."]
+            lines += [f"{name} = {value!r}" for name, value in settings.items()]
+            save_text(os.path.join(self.out_dir, "settings.py"), "\n".join(lines) + "\n")
         versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
         self.write({"settings": settings, "arguments": sys.argv[1:], "teacher": teacher_metrics,
                     "versions": versions | {"python": platform.python_version()}} | machine)
         self.metrics = {}  # of the last evaluation
         self.history = []  # (names, values) of the losses of each step since the last report
-        self.images, self.seconds, self.waited, self.clock, self.bar = 0, 0.0, 0.0, time.time(), None
+        self.images, self.seconds, self.waited, self.clock = 0, 0.0, 0.0, time.time()
         # Ctrl-C, or a machine that is about to be taken away, asks the run to finish its step, save and leave
         self.asked_to_stop = False
         signal.signal(signal.SIGINT, self.ask_to_stop)
@@ -74,8 +67,8 @@ class Log:
         print(f"teacher   {s['teacher']}: {vae}")
         print(f"student   {s['variant']}, width {s['width']}; parameters: {', '.join(sizes)}{note}")
         print(f"losses    {', '.join(losses)}; {s['optimizer']}, learning rate {s['learning_rate']:g}")
-        print(f"batch     {s['batch_size']} crops of {s['crop']} pixels, each used {s['echo']:g} times, cut from windows "
-              f"of {window} pixels", flush=True)
+        print(f"batch     {s['batch_size']} crops of {s['crop']} pixels from windows of {window}, each used "
+              f"{s['echo']:g} times", flush=True)
 
     def write(self, record):
         if RANK:
@@ -86,11 +79,6 @@ class Log:
         except OSError as error:
             fail(f"{self.out_dir}: could not be written ({error}); a checkpoint there is untouched, --init_from=resume "
                  f"goes on with it")
-
-    def say(self, line):
-        if self.bar:
-            self.bar.clear()
-        print(line, flush=True)
 
     def waiting_for(self, batches):
         """The same batches. The share of time that training waits for them is logged as data_wait."""
@@ -107,12 +95,7 @@ class Log:
         self.images += self.settings["batch_size"]
         if not self.seconds and len(self.history) == 1:
             self.history[0][1].tolist()  # waits for the device
-            self.say(f"start     {time.time() - STARTED:.1f} s until the first step was done")
-            if sys.stdout.isatty():
-                self.bar = tqdm(total=self.settings["max_iters"], initial=step - 1, unit=" steps", dynamic_ncols=True,
-                                file=sys.stdout, smoothing=0.05, bar_format=BAR)
-        if self.bar:
-            self.bar.update()
+            print(f"start     {time.time() - STARTED:.1f} s until the first step was done", flush=True)
         interrupted, s = any_rank(self.asked_to_stop), self.settings
         last = interrupted or step == s["max_iters"]
         if last or step % s["log_interval"] == 0 or step % s["eval_interval"] == 0:
@@ -126,7 +109,6 @@ class Log:
         for age, (names, _) in zip(range(len(self.history) - 1, -1, -1), self.history):
             for name, value in zip(names, values):
                 if not math.isfinite(value):
-                    self.say("")  # below the bar
                     fail_not_finite(self.settings, step - age, name)
                 found.setdefault(name, []).append(value)
         seconds = time.time() - self.clock
@@ -135,12 +117,9 @@ class Log:
         record = {"images_per_second": round(rate, 2)} | means
         record |= {"data_wait": round(self.waited / seconds, 3), "peak_memory_mb": peak_memory_mb(self.device)}
         self.write({"step": step, "images_seen": images_seen} | record)
-        if self.bar:
-            self.bar.set_postfix_str(" ".join(f"{name} {value:.2g}" for name, value in means.items()))
-        else:
-            left = datetime.timedelta(seconds=round((max_iters - step) * batch_size / rate))
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
-            self.say(f"step {step}/{max_iters}  images_seen {images_seen:,}  {shown}  left {left}")
+        left = datetime.timedelta(seconds=round((max_iters - step) * batch_size / rate))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
+        print(f"step {step}/{max_iters}  images_seen {images_seen:,}  {shown}  left {left}", flush=True)
         self.history, self.waited, self.seconds, self.clock = [], 0.0, self.seconds + seconds, time.time()
 
     def progress(self, step, images_seen):
@@ -151,10 +130,23 @@ class Log:
         """Measure the averaged encoder and decoder on the held-out images, and draw them to samples/."""
         if RANK:
             return
-        path = os.path.join(self.out_dir, "samples", f"{step:07d}.png")
-        self.metrics = self.evaluator.evaluate(encoder, decoder, raw_decoder, autocast, path)
+        students = {"our": {"encoder": encoder, "decoder": decoder}, "raw": {"decoder": raw_decoder}}
+        pictures, found = self.evaluator.evaluate(students, autocast)
+        raw, by_teacher = found["raw decoder"], found["our encoder, teacher's decoder"]
+        metrics = by_teacher | found["our decoder"]  # the latents' metrics are in by_teacher only
+        metrics |= {"teacher_psnr": by_teacher["psnr"], "teacher_lowres_mse": by_teacher["lowres_mse"]}
+        metrics["psnr_raw"] = raw["psnr"]  # of the weights as they are, without averaging
+        self.metrics = {f"val_{name}": round(value, 6) for name, value in metrics.items()}
+        self.draw(f"{step:07d}", {row: picture for row, picture in pictures.items() if row != "raw decoder"})
         self.write(self.progress(step, images_seen) | self.metrics)
-        self.say(f"eval {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items()))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        print(f"eval {step}  {shown}", flush=True)
+
+    def draw(self, name, rows):
+        """Draw the first held-out images and {row: pictures} of them."""
+        rows = {"original": self.evaluator.real} | rows
+        save_picture({row: pictures[:8] for row, pictures in rows.items()},
+                     os.path.join(self.out_dir, "samples", f"{name}.png"))
 
     def draw_curves(self):
         """Write curves.png at the end of a pause, which does not count as training time."""
@@ -162,7 +154,7 @@ class Log:
             if RANK == 0:
                 draw_curves([self.out_dir], os.path.join(self.out_dir, "curves.png"))
         except (Exception, SystemExit) as error:  # matplotlib is missing, for example; that must not end a run
-            self.say(f"no curves ({error})")
+            print(f"no curves ({error})")
         self.clock = time.time()
 
     def ask_to_stop(self, signum, frame):
@@ -172,8 +164,6 @@ class Log:
 
     def end(self, step, images_seen, interrupted):
         """Print a last block of `name: value` lines. Without an evaluation of the last step, it has no metrics."""
-        if self.bar:
-            self.bar.close()
         results = {"out_dir": self.out_dir} | self.progress(step, images_seen)
         results |= {"peak_memory_mb": peak_memory_mb(self.device), "seconds": round(time.time() - STARTED)}
         if not interrupted:

@@ -1,8 +1,6 @@
-"""A baseline for train.py: the training loop of seraena's TAESDXL notebook (github.com/madebyollin/seraena), rewritten
-from its published description. It uses AdamW, a discriminator with BatchNorm and 7.5M parameters, a Python list of old
-fakes, and autocast to float16 on a GPU. tools/bench.py measures its speed; this command trains and evaluates it:
-
-    python -m tools.reference --teacher=taef2_encoder.pth --data_dir=photos --val_dir=val --crop=64 --minutes=10
+"""The training loop of seraena's TAESDXL notebook (github.com/madebyollin/seraena), rewritten from its published
+description, for tools/bench.py to compare train.py with. It uses AdamW, a discriminator with BatchNorm and 7.5M
+parameters, a Python list of old fakes, and autocast to float16 on a GPU.
 """
 import copy
 import functools
@@ -15,26 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
 
-from data import Images, to_tensor
+from data import to_tensor
 from model import Decoder, Encoder
-from sample import chunked, compute_metrics, save_picture
-from support.config import configure, require_positive
-from support.device import pick_device, pick_dtype
+from support.device import pick_dtype
 from teacher import Teacher
-
-# -----------------------------------------------------------------------------
-# settings
-teacher = "toy"            # toy, sd, sd-mse, sdxl, a diffusers folder, a hub id or a taesd.py encoder.pth
-data_dir = ""              # folder of images; '' = the bundled photographs
-val_dir = ""               # folder of held-out images; '' = 5% of data_dir
-crop = 96                  # training crop in pixels
-batch_size = 16            # crops per step
-learning_rate = 3e-5       # of encoder and decoder
-width = 64                 # channels of encoder and decoder
-minutes = 10.0             # training time, after each minute of which it is evaluated
-dtype = "auto"             # auto (float16 on a GPU, else float32), float32, bfloat16 or float16
-device = "auto"            # auto, cuda, mps or cpu
-# -----------------------------------------------------------------------------
 
 
 class ReferenceDiscriminator(nn.Module):
@@ -150,31 +132,3 @@ def reference_loop(teacher, paths, place, crop, batch_size, learning_rate, width
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         loss.item()
         yield average
-
-
-def main():
-    """Train for some minutes, and print the same metrics of the held-out images as train.py after each of them."""
-    require_positive(globals(), "crop", "batch_size", "learning_rate", "width", "minutes")
-    vae, images, place = Teacher(teacher), Images(data_dir, val_dir), pick_device(device)
-    real = images.held_out(100, 256) / 255
-    latent = chunked(vae.encode, real)
-    loop = reference_loop(teacher, images.train, place, crop, batch_size, learning_rate, width, dtype)
-    start, minute = time.time(), 1
-    for step, average in enumerate(loop, 1):
-        if time.time() > start + 60 * minute:
-            pause = time.time()
-            average.cpu()
-            latents, fake = chunked(average["encoder"], real), chunked(average["decoder"], latent).clamp(0, 1)
-            average.to(place)
-            metrics = compute_metrics(fake, real) | {"latent_mse": F.mse_loss(latents, latent).item()}
-            shown = "  ".join(f"val_{name} {value:.4g}" for name, value in metrics.items())
-            print(f"minute {minute}  step {step}  images_seen {step * batch_size:,}  {shown}", flush=True)
-            if minute >= minutes:
-                return save_picture({"original": real[:8], "reference": fake[:8]}, "reference.png")
-            minute += 1
-            start += time.time() - pause
-
-
-if __name__ == "__main__":
-    configure(globals())
-    main()

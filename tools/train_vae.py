@@ -14,10 +14,9 @@ from diffusers import AutoencoderKL
 
 from data import Images, batches
 from model import conv_weights, make_optimizer
-from sample import psnr, save_picture
+from sample import save_picture
 from support.config import configure, fail, require_positive
 from support.device import pick_device, pick_dtype
-from teacher import Teacher
 
 # -----------------------------------------------------------------------------
 # settings
@@ -53,12 +52,12 @@ def check_settings():
     require_positive(globals(), "latent_channels", "batch_size", "max_iters", "learning_rate")
     if os.path.isfile(out_dir) or os.path.isdir(out_dir) and os.listdir(out_dir):
         fail(f"--out_dir={out_dir}: is a file or holds files already; choose a new folder")
-    if factor < 2 or factor & (factor - 1):
-        fail(f"--factor={factor}: must be a power of two, 2 or more")
-    if crop % factor or crop < 16:
-        fail(f"--crop={crop}: must be 16 or more and a multiple of the factor, {factor}")
-    if vae_width % 8 or vae_width < 8:
-        fail(f"--vae_width={vae_width}: must be a multiple of 8")
+    rules = {"factor": (factor > 1 and not factor & (factor - 1), "a power of two"),
+             "crop": (crop >= 16 and crop % max(1, factor) == 0, f"16 or more and a multiple of the factor, {factor}"),
+             "vae_width": (vae_width >= 8 and vae_width % 8 == 0, "a multiple of 8")}
+    for name, (is_kept, rule) in rules.items():
+        if not is_kept:
+            fail(f"--{name}={globals()[name]}: must be {rule}")
 
 
 def train(vae, images, place):
@@ -112,17 +111,8 @@ def main():
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     torch.nn.Module.to(vae, torch.float16)  # halves the file; vae.to would print a warning
     vae.save_pretrained(out_dir)
-
-    teacher = Teacher(out_dir, place)
-    held_out = images.held_out(8, 256).to(place) / 255
-    latents = teacher.encode(held_out)
-    round_trip = teacher.decode(latents)
-    save_picture({"original": held_out, "round trip": round_trip}, os.path.normpath(out_dir) + ".png")
-    mean = " ".join(f"{value:.2f}" for value in latents.mean((0, 2, 3)))
-    std = " ".join(f"{value:.2f}" for value in latents.std((0, 2, 3)))
-    print(f"---\nout_dir: {out_dir}\nscaling_factor: {vae.config.scaling_factor}\nparameters: {teacher.parameters}\n"
-          f"latent_mean: {mean}\nlatent_std: {std}\nval_psnr: {psnr(round_trip, held_out).mean():.2f}\n"
-          f"next: python train.py --teacher={out_dir}")
+    print(f"---\nout_dir: {out_dir}\nscaling_factor: {vae.config.scaling_factor}\nnext: python sample.py "
+          f"--teacher={out_dir}, which draws and measures it, then python train.py --teacher={out_dir}")
 
 
 if __name__ == "__main__":
