@@ -2,6 +2,7 @@
 
 This is the only file that opens images. They leave it as uint8 RGB, NCHW.
 """
+import itertools
 import math
 import os
 import sys
@@ -32,8 +33,7 @@ class Images:
 
     folder: '' = the bundled photographs. val_folder: '' = 5% of `folder`, chosen by a checksum of their names, so that
     an image stays on its side when others are added. A file that cannot be read is reported once and skipped; if more
-    than half of them cannot be read, the program ends with one line.
-    """
+    than half of them cannot be read, the program ends with one line."""
     def __init__(self, folder="", val_folder=""):
         self.bundled = not folder
         if self.bundled:
@@ -115,8 +115,7 @@ def batches(images, size, n, color_augment, seed, workers, pin=False):
     """Endless generator of images.batch(size, n, ...), which threads prepare ahead of time. workers: 0 = one per core.
 
     pin: in pinned memory, from which a GPU copies while it computes. With several GPUs, each process gets its own
-    batches. Threads are enough, because Pillow, NumPy and torch release Python's lock for the heavy part.
-    """
+    batches. Threads are enough, because Pillow, NumPy and torch release Python's lock for the heavy part."""
     workers = workers or os.cpu_count() or 1
 
     def make(k):
@@ -124,19 +123,15 @@ def batches(images, size, n, color_augment, seed, workers, pin=False):
         return batch.pin_memory() if pin else batch
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque(pool.submit(make, k) for k in range(workers + 2))
-        k = len(ahead)
         try:
-            while True:
+            for k in itertools.count(len(ahead)):
                 ahead.append(pool.submit(make, k))
-                k += 1
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-# -----------------------------------------------------------------------------
-# folders and files
-
+# --- folders and files -----------------------------------------------------------------------------------------------
 def find_images(folder):
     """Sorted paths of the jpg, jpeg, png and webp files under `folder`, at any depth, in upper or lower case."""
     if not os.path.isdir(folder):

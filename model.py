@@ -9,9 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# plain: TAESD, convolutions alone. midblock_gn: FLUX.2's TAEF2, whose smallest blocks have a branch with GroupNorm.
-# f32: Sana's, for VAEs of factor 32.
-VARIANTS = ("plain", "midblock_gn", "f32")
+VARIANTS = ("plain", "midblock_gn", "f32")  # TAESD; FLUX.2's TAEF2, with GroupNorm branches; Sana's, for factor 32
 
 
 def conv(n_in, n_out, **kwargs):
@@ -78,8 +76,7 @@ class Discriminator(nn.Module):
 
     Images [N,3,H,W] in [0,1] and latents [N,C,h,w] -> scores [N,5,h,w], float32 and high for real images, and a list of
     the activations of its five layers, [N,c,H',W']. A 1x1 convolution reads a score at each of five depths, averaged to
-    the size of the latent. With normalisation, D would judge a batch by its statistics, and colours would drift.
-    """
+    the size of the latent. With normalisation, D would judge a batch by its statistics, and colours would drift."""
     def __init__(self, latent_channels=4):
         super().__init__()
         self.blocks = nn.ModuleList([
@@ -121,9 +118,7 @@ def conv_weights(module):
     return [weight for weight in module.parameters() if weight.ndim == 4]
 
 
-# -----------------------------------------------------------------------------
-# optimizers
-
+# --- optimizers ------------------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are orthogonalised: all directions of a layer learn equally fast (Jordan et al. 2024).
 

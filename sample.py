@@ -11,7 +11,6 @@
 """
 import contextlib
 import os
-from json import dumps
 
 import numpy as np
 import torch
@@ -20,17 +19,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import Images
 from support.checkpoint import build_student, load_checkpoint
-from support.compare import add_costs, draw_whole, load_students, print_table
+from support.compare import add_decode_times, draw_whole, load_students, print_table
 from support.config import configure, fail, require_positive
 from support.curves import draw_curves
 from support.device import pick_device
 from support.export import export_all
-from support.files import save_file, save_text
+from support.files import save_file
 from support.latent_rgb import fit_latent_rgb, latent_rgb, save_latent_rgb
 from teacher import Teacher
 
-# -----------------------------------------------------------------------------
-# settings
+# --- settings --------------------------------------------------------------------------------------------------------
 out_dir = "out"            # the run to look at; the picture is written to samples/sample.png in it
 images = ""                # an image or a folder; '' = the run's held-out images
 count = 8                  # how many images, at most
@@ -38,7 +36,6 @@ size = "256"               # images= are measured as centre squares of this side
                            # 0 = whole pictures of at most 2048 pixels, one file each in samples/whole
 compare = ""               # other weights to look at as well: a weights file, an AutoencoderTiny or another out_dir
 teacher = ""               # look at this teacher instead of a run, named as for train.py, and at compare= if given
-json = ""                  # write the metrics to this file as JSON
 curves = ""                # instead: draw the logs of these runs, separated by commas, to curves.png
 export = False             # instead: write the weights for other programs to out_dir/export
 export_name = "taesd"      # name of the exported files: taesdxl gives taesdxl_decoder.pth, as ComfyUI expects it
@@ -156,26 +153,18 @@ class Evaluator:
         return pictures, metrics
 
 
-# -----------------------------------------------------------------------------
-# python sample.py
-
-def check_settings():
+# --- python sample.py ------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def main():
     require_positive(globals(), "count")
     if export_dtype not in ("float32", "float16"):
         fail(f"--export_dtype={export_dtype}: must be float32 or float16")
-    if size == "0" and (json or not images):
-        fail("--size=0: whole pictures are looked at, not measured; it needs --images= and no --json=")
+    if size == "0" and not images:
+        fail("--size=0: draws whole pictures, and needs --images=")
     if teacher and export:
         fail(f"--export: exports a run; --teacher={teacher} looks at a teacher")
-    if not os.path.isdir(os.path.dirname(json) or "."):
-        fail(f"--json={json}: there is no such folder")
     if not all(side.isdigit() for side in size.split(",")):
         fail(f"--size={size}: must be a number of pixels, or several, as in 256,512; or 0 for whole pictures")
-
-
-@torch.no_grad()
-def main():
-    check_settings()
     if curves:
         draw_curves(curves.split(","), "curves.png")
         return print("wrote curves.png")
@@ -189,19 +178,17 @@ def main():
     students = load_students(checkpoint, compare, vae)
     if size == "0":
         return draw_whole(vae, students, pictures, count, os.path.join(samples, "whole"), save_picture)
-    sides = [int(side) for side in size.split(",")]
-    if checkpoint and not images:
-        sides = [settings["eval_size"]]
+    sides = [settings["eval_size"]] if checkpoint and not images else [int(side) for side in size.split(",")]
     for side in sides:
         vae.check_sides(size=side)
     print(f"{out_dir}: step {checkpoint['step']}, teacher {settings['teacher']}" if checkpoint else
           f"teacher {teacher}: {vae}")
     stem = os.path.join(samples, "look" if teacher else "sample")  # a look at a teacher leaves the run's picture alone
-    written, found = [], {}
+    written = []
     for side in sides:
         evaluator = Evaluator(pictures.held_out(count, side), vae)
         drawn, metrics = evaluator.evaluate(students)
-        add_costs(metrics, vae, students, evaluator.latent)
+        add_decode_times(metrics, vae, students, evaluator.latent)
         factors, bias, r2 = fit_latent_rgb(evaluator.latent, evaluator.real)
         drawn = {"original": evaluator.real} | drawn
         drawn["the teacher's latents, by latent_rgb"] = latent_rgb(evaluator.latent, factors, bias, side)
@@ -210,7 +197,6 @@ def main():
         print(f"\n{len(evaluator.real)} images ({images or 'held out'}) of {side}x{side}, {place}, {vae.dtype}: "
               f"{written[-1]}\n")
         print_table(metrics)
-        found[side] = metrics
     written.append(f"{stem}-latent_rgb.json")
     rgb_lines = save_latent_rgb(written[-1], factors, bias)
     if not checkpoint:
@@ -218,9 +204,6 @@ def main():
         for name, values in (("mean", evaluator.latent.mean((0, 2, 3))), ("std", evaluator.latent.std((0, 2, 3)))):
             print(f"{name:5}" + " ".join(f"{value:6.2f}" for value in values.tolist()))
         print(f"\nthe best matrix from latents to colours (R² {r2:.2f}), ready to paste:\n{rgb_lines}")
-    if json:
-        written.append(json)
-        save_text(json, dumps({"teacher": settings["teacher"], "images": images, "size": found}, indent=1))
     print(f"\nwrote {', '.join(written)}")
 
 

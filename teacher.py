@@ -19,9 +19,9 @@ NAMES = {
     "sd-mse": "stabilityai/sd-vae-ft-mse",
     "sdxl": "madebyollin/sdxl-vae-fp16-fix",  # the original VAE overflows in float16
 }
-SUPPORTED = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderDC", "AutoencoderKLQwenImage", "AutoencoderKLWan",
-             "AutoencoderTiny")
-VARIANT_OF = {"AutoencoderKLFlux2": "midblock_gn", "AutoencoderDC": "f32"}  # all others: plain
+VARIANTS = {  # class of diffusers: variant of its student
+    "AutoencoderKL": "plain", "AutoencoderKLFlux2": "midblock_gn", "AutoencoderDC": "f32",
+    "AutoencoderKLQwenImage": "plain", "AutoencoderKLWan": "plain", "AutoencoderTiny": "plain"}
 
 
 class Teacher:
@@ -33,8 +33,7 @@ class Teacher:
 
     Attributes: `latent_channels`; `factor`, the pixels per latent along a side; `multiple`, of which the sides of all
     images must be multiples; `mean` and `std` of the raw latents, numbers or [1,C,1,1], read from the VAE's own files;
-    `student_variant`, which suits it. It computes in `dtype`; inputs and outputs are float32.
-    """
+    `student_variant`, which suits it. It computes in `dtype`; inputs and outputs are float32."""
     def __init__(self, name, device="cpu", dtype=torch.float32):
         name, self.device, self.dtype = str(name), torch.device(device), dtype
         self.mean, self.std, self.image_range = 0.0, 1.0, (0, 1)
@@ -51,10 +50,10 @@ class Teacher:
             self.raw_encode, self.raw_decode = encoder, decoder
             self.class_name, self.student_variant = "taesd.py pair", shape["variant"]
         else:
-            self.vae = load_autoencoder(resolve(name), SUPPORTED, dtype, f"--teacher={name}")
+            self.vae = load_autoencoder(name, dtype)
             self.class_name, self.dtype, self.image_range = type(self.vae).__name__, self.vae.dtype, (-1, 1)
             self.raw_encode, self.raw_decode = self.diffusers_encode, lambda latents: self.vae.decode(latents).sample
-            self.student_variant = VARIANT_OF.get(self.class_name, "plain")
+            self.student_variant = VARIANTS[self.class_name]
             self.video = self.class_name in ("AutoencoderKLQwenImage", "AutoencoderKLWan")
             self.read_normalisation(self.vae)
         self.vae.to(self.device).eval().requires_grad_(False)
@@ -120,29 +119,13 @@ class Teacher:
         return ((images - low) / (high - low)).clamp(0, 1)
 
 
-def resolve(name):
-    """One of NAMES -> its folder or hub id; other places as they are. Fails if `name` can be neither."""
-    where = NAMES.get(name, name)
-    place = where.partition("::")[0]
-    if not (os.path.isdir(place) or is_hub_id(place) or place.endswith((".safetensors", ".ckpt", ".sft"))):
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)[0]
-        fail(f"--teacher={name}: no such folder and no known name (did you mean {near}?); it takes {', '.join(NAMES)}, "
-             f"a diffusers folder, a hub id owner/repo, a .safetensors or .ckpt file, or a taesd.py pair's encoder.pth")
-    return where
-
-
-# -----------------------------------------------------------------------------
-# VAEs of diffusers
-
-def load_autoencoder(where, supported, dtype, written):
-    """A diffusers VAE of one of the `supported` classes. written: what the user wrote, for errors.
-
-    where: a folder, of the VAE or of a whole pipeline; a hub id, `owner/repo` or `owner/repo::subfolder`; or a file in
-    the original layout, `vae.safetensors::folder`. A VAE whose config says that it overflows in float16 (force_upcast)
-    is loaded in float32. The program ends with one line if it cannot be loaded.
-    """
+# --- VAEs of diffusers -----------------------------------------------------------------------------------------------
+def load_autoencoder(name, dtype):
+    """A VAE of diffusers, from one of NAMES, a folder (of the VAE or of a whole pipeline), a hub id, or a file in the
+    original layout. A VAE whose config says that it overflows in float16 (force_upcast) is loaded in float32."""
     import diffusers  # takes seconds, so it is imported only where it is needed
-    where, _, subfolder = where.partition("::")
+    written = f"--teacher={name}"
+    where, _, subfolder = NAMES.get(name, name).partition("::")
     single_file = where.endswith((".safetensors", ".ckpt", ".sft"))
     if single_file:
         if not os.path.isfile(where):
@@ -153,6 +136,10 @@ def load_autoencoder(where, supported, dtype, written):
         if not os.path.isfile(os.path.join(where, subfolder, "config.json")):
             fail(f"{written}: the folder holds no config.json, so it is not a diffusers VAE (of a taesd.py pair, name "
                  f"the encoder.pth itself)")
+    elif not is_hub_id(where):
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)[0]
+        fail(f"{written}: no such folder and no known name (did you mean {near}?); it takes {', '.join(NAMES)}, a "
+             f"diffusers folder, a hub id owner/repo, a .safetensors or .ckpt file, or a taesd.py pair's encoder.pth")
     else:
         download(written, where, f"{subfolder}/config.json".lstrip("/"))
     try:
@@ -163,12 +150,12 @@ def load_autoencoder(where, supported, dtype, written):
         kind = config.get("_class_name")
         if overflows(config, dtype):
             dtype = torch.float32
-        if kind in supported:
+        if kind in VARIANTS:
             return getattr(diffusers, kind).from_pretrained(where, subfolder=subfolder or None, torch_dtype=dtype,
                                                             low_cpu_mem_usage=False)
     except Exception as error:  # weights are missing, cut off or do not fit; each library raises an error of its own
         fail(f"{written}: could not be loaded: {str(error)[:300]}")
-    fail(f"{written}: its class is {kind}; supported are {', '.join(supported)} and taesd.py files")
+    fail(f"{written}: its class is {kind}; supported are {', '.join(VARIANTS)} and taesd.py files")
 
 
 def overflows(config, dtype):

@@ -1,7 +1,4 @@
-"""Losses that only the published recipes in this folder use. train.py can be read without them.
-
-fake, real: images [N,3,H,W] in [0,1]. Scores are the discriminator's, high for real images.
-"""
+"""Losses that only the published recipes in this folder use. fake, real: images [N,3,H,W] in [0,1]."""
 import functools
 
 import torch

@@ -18,9 +18,7 @@ TINY_WEIGHTS = "diffusion_pytorch_model.safetensors"  # of an AutoencoderTiny fo
 FINE_TUNING_RATE = 2e-4  # higher learning rates are for training from scratch
 
 
-# -----------------------------------------------------------------------------
-# reading
-
+# --- reading ---------------------------------------------------------------------------------------------------------
 def checkpoint_paths(out_dir):
     """Of a run's last checkpoint, and of the one before."""
     return os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "ckpt_previous.pt")
@@ -47,8 +45,7 @@ def load_student(source, flag="--init_from"):
     """The weights of a student: of a run's out_dir; of a weights file in taesd.py's or diffusers' layout, together with
     its other half if that lies beside it; of an AutoencoderTiny, a folder or a hub id; or of the bundled one, `donor`.
 
-    Returns what load_checkpoint does; for others than runs only "shape", "exportable" and the halves that there are.
-    """
+    Returns what load_checkpoint does; for others than runs only "shape", "exportable" and the halves that there are."""
     if any(map(os.path.isfile, checkpoint_paths(source))):
         return load_checkpoint(source)
     path = BUNDLED_DONOR if source == "donor" else source
@@ -77,9 +74,7 @@ def build_student(checkpoint):
     return networks
 
 
-# -----------------------------------------------------------------------------
-# starting, for train.py
-
+# --- starting, for train.py ------------------------------------------------------------------------------------------
 def open_run(settings):
     """Check the settings, and read the checkpoint that init_from names. Returns None from scratch."""
     explain_out_of_memory(settings)
@@ -88,8 +83,6 @@ def open_run(settings):
     for name in ("teacher", "data_dir", "val_dir"):  # so that sample.py may be called from another folder
         if settings[name] not in NAMES and os.path.exists(settings[name]):
             settings[name] = os.path.abspath(settings[name])
-    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-        fail(f"--out_dir={out_dir}: is a file; choose a folder, which need not exist yet")
     if init_from == "resume":
         checkpoint = load_checkpoint(out_dir)
         if checkpoint["step"] >= settings["max_iters"]:
@@ -106,15 +99,10 @@ def open_run(settings):
 def start_from(checkpoint, parts, init_from, vae, images, settings, autocast):
     """Load what open_run returned into `parts`, {name: network, optimizer or scaler}: a run's whole state to resume it,
     or the weights that a new run starts from. Returns (step, images seen, halves of the student that are loaded)."""
-    if init_from == "resume":
-        resume(checkpoint, parts, settings["out_dir"])
-        torch.manual_seed(settings["seed"] + checkpoint["step"])
-        return checkpoint["step"], checkpoint["images_seen"], checkpoint["exportable"]
-    load_weights(checkpoint, parts, vae, images, settings, autocast)
-    return 0, 0, checkpoint["exportable"]
-
-
-def resume(checkpoint, parts, out_dir):
+    if init_from != "resume":
+        load_weights(checkpoint, parts, vae, images, settings, autocast)
+        return 0, 0, checkpoint["exportable"]
+    out_dir = settings["out_dir"]
     for name, part in parts.items():
         try:
             if checkpoint[name]:  # a scaler that is not in use has no state
@@ -123,6 +111,8 @@ def resume(checkpoint, parts, out_dir):
             fail(f"--init_from=resume: the {name} of {out_dir} does not fit ({one_line(error, 200)}); to go on with "
                  f"other settings, run python train.py {out_dir}/settings.py --init_from={out_dir} --out_dir=another")
     print(f"resume    {out_dir}, after step {checkpoint['step']:,}")
+    torch.manual_seed(settings["seed"] + checkpoint["step"])
+    return checkpoint["step"], checkpoint["images_seen"], checkpoint["exportable"]
 
 
 def load_weights(checkpoint, parts, vae, images, settings, autocast):
@@ -151,9 +141,7 @@ def load_weights(checkpoint, parts, vae, images, settings, autocast):
                   f"spoil these weights; --learning_rate=1e-4 is usual for fine-tuning")
 
 
-# -----------------------------------------------------------------------------
-# saving
-
+# --- saving ----------------------------------------------------------------------------------------------------------
 def save_checkpoint(checkpoint, networks, out_dir):
     """Write ckpt.pt and keep the one before, then the averaged weights in the formats that other programs load. Fails,
     and keeps what was saved before, if a weight is not finite."""

@@ -1,8 +1,8 @@
-"""Rules for the settings of train.py. A setting without a rule needs no entry here."""
+"""Rules for the settings of train.py; a setting without a rule needs no entry here."""
 from types import SimpleNamespace
 
 from model import VARIANTS
-from recipes.published import SCALINGS, load_lpips
+from recipes.published import SCALINGS
 from support.config import fail, require_positive
 from support.device import RANKS
 
@@ -48,5 +48,3 @@ def check_settings(settings):
     for name, is_kept, rule in rules:
         if not is_kept:
             fail(f"--{name}={settings[name]}: {rule}")
-    if s.lpips_weight > 0 and s.train_decoder:
-        load_lpips("cpu")  # fails if the package is missing

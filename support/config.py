@@ -28,8 +28,7 @@ def configure(settings, arguments=None):
     """Override a script's `globals()` by files of settings (recipes/ft_mse.py), then by --name=value.
 
     --init_from=resume first reads the settings.py that the run has written into its out_dir. Returns {name: value} of
-    every setting. A wrong name, type or value ends the program with one line. arguments: None = the command line.
-    """
+    every setting. A wrong name, type or value ends the program. arguments: None = the command line."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback
     with open(settings["__file__"], encoding="utf-8") as file:
         source = file.read().split("configure(globals())")[0].split("# ---", 1)[-1]  # from the first rule to the call

@@ -79,8 +79,8 @@ def explain_out_of_memory(settings):
     sys.excepthook = explain
 
 
-# -----------------------------------------------------------------------------
-# Several GPUs: `torchrun --standalone --nproc_per_node=4 train.py ...` starts one process for each. Each trains on its
+# --- several GPUs ----------------------------------------------------------------------------------------------------
+# `torchrun --standalone --nproc_per_node=4 train.py ...` starts one process for each. Each trains on its
 # share of the batch, and gradients are averaged. Only the first one (rank 0) measures, writes and prints. A loss that
 # looks at a whole batch, such as feature matching, looks at the share of one process.
 
@@ -120,9 +120,7 @@ def leave(status=0):
         os._exit(status)
 
 
-# -----------------------------------------------------------------------------
-# CUDA graphs
-
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
 WARM_UP = 5  # calls in which torch.compile compiles, cuDNN chooses its kernels and optimizers create their state
 
 

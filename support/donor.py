@@ -2,7 +2,6 @@
 other layers know pictures, and are copied. Least squares solve the encoder's last convolution to give the teacher's
 latents, and the decoder's first one to give the copied layers the same input as in the donor (arXiv 2407.13449).
 """
-import time
 from itertools import takewhile
 
 import torch
@@ -12,8 +11,8 @@ import torch.nn.functional as F
 from model import count_parameters
 from support.config import fail
 
-CHUNK = 4    # pictures that are computed at once, as in an evaluation
-ROWS = 4096  # patches of one chunk that enter the least squares, at most, because neighbouring patches are alike
+CHUNK = 4    # pictures that are computed at once
+ROWS = 4096  # patches of a chunk that enter the least squares, at most, because neighbouring patches are alike
 
 
 class LeastSquares:
@@ -45,8 +44,7 @@ class LeastSquares:
 
 
 def is_solvable(layer):
-    return (isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer.padding == (1, 1)
-            and layer.stride == (1, 1) and layer.groups == 1)
+    return isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer.stride == (1, 1)
 
 
 def fits(new, old):
@@ -104,7 +102,7 @@ def init_from_donor(donor, networks, same_teacher, vae, images, settings, autoca
     """Set fresh networks, {half: network}, from those of a donor. If it knows the teacher's latents, it is copied whole
     and True is returned. Otherwise, the layers next to the latents are solved, and layers without a counterpart in the
     donor stay as they are. autocast: the context to compute in."""
-    source, started = f"--init_from={settings['init_from']}", time.time()
+    source = f"--init_from={settings['init_from']}"
     if not all(isinstance(network, nn.Sequential) for network in [*networks.values(), *donor.values()]):
         fail(f"{source}: to start from other weights, Encoder and Decoder must be nn.Sequential")
     for network in donor.values():
@@ -118,7 +116,7 @@ def init_from_donor(donor, networks, same_teacher, vae, images, settings, autoca
     if same_teacher or knows_latents(donor, *batch(0)):
         copied = [copy_layers(networks[half], donor[half]) for half in donor]
         if all(len(layers) == len(networks[half]) == len(donor[half]) for layers, half in zip(copied, donor)):
-            return True  # another variant, perhaps
+            return True
     if "encoder" not in donor:
         fail(f"{source}: this decoder does not know the teacher's latents; to solve it for them, its encoder is needed")
 
@@ -130,6 +128,6 @@ def init_from_donor(donor, networks, same_teacher, vae, images, settings, autoca
     if "decoder" in donor:
         results["decoder"] = solve_decoder(networks["decoder"], donor["decoder"], latents, old_latents, autocast)
     told = [f"{half} R² {r2:.2f}, {share:.1%} of its weights copied" for half, (r2, share) in results.items()]
-    print(f"donor     {settings['init_from']}, a student of another teacher: the layers next to the latents are solved "
-          f"on {n} crops; {'; '.join(told)}; {time.time() - started:.0f} s", flush=True)
+    print(f"donor     {settings['init_from']}, a student of another teacher; its layers next to the latents are solved "
+          f"on {n} crops: {'; '.join(told)}", flush=True)
     return False

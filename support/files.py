@@ -1,6 +1,7 @@
 """Reads weights files, which may come from a stranger, and writes files so that each is either complete or absent."""
 import os
 import re
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file as load_safetensors
@@ -27,10 +28,7 @@ def save_file(path, write, keep=None):
 
 
 def save_text(path, text):
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-    save_file(path, write)
+    save_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def load_file(path):
@@ -49,8 +47,7 @@ def load_file(path):
 def load_halves(path):
     """Read a weights file with one half in taesd.py's layout, or with one or both in that of diffusers.
 
-    Returns {"encoder": (network in float32, its arguments), "decoder": ...}, without a half that the file lacks.
-    """
+    Returns {"encoder": (network in float32, its arguments), "decoder": ...}, without a half that the file lacks."""
     state, states = load_file(path), {}
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         fail(f"{path}: not an encoder or decoder in taesd.py's layout")

@@ -1,4 +1,4 @@
-"""Preview latents without a network: one matrix from latents to colours, as ComfyUI keeps one for each model."""
+"""Preview latents by one matrix from latents to colours, as ComfyUI keeps one for each model."""
 import json
 
 import torch
@@ -10,8 +10,7 @@ from support.files import save_text
 def fit_latent_rgb(latents, images):
     """Find the matrix by least squares, from latents [N,C,h,w] and their images [N,3,H,W] in [0,1].
 
-    Returns (factors [C,3], bias [3], R²). latents @ factors + bias is the mean colour of a patch in [-1,1].
-    """
+    Returns (factors [C,3], bias [3], R²). latents @ factors + bias is the mean colour of a patch in [-1,1]."""
     colors = F.adaptive_avg_pool2d(images * 2 - 1, latents.shape[-2:]).movedim(1, -1).flatten(0, 2).cpu().double()
     values = latents.movedim(1, -1).flatten(0, 2).cpu().double()
     values = torch.cat([values, torch.ones_like(values[:, :1])], 1)

@@ -1,13 +1,9 @@
-"""What a run tells: a summary at its start, log.jsonl, the console, pictures, and a last block of results.
-
-Nothing here trains. A new term of the loss is logged under its name without any change here.
-"""
+"""What a run tells: a summary at its start, log.jsonl, the console, pictures, and a last block of results."""
 import datetime
 import importlib.metadata
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -43,8 +39,8 @@ class Log:
             lines += [f"{name} = {value!r}" for name, value in settings.items()]
             save_text(os.path.join(self.out_dir, "settings.py"), "\n".join(lines) + "\n")
         versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
-        self.write({"settings": settings, "arguments": sys.argv[1:], "teacher": teacher_metrics,
-                    "versions": versions | {"python": platform.python_version()}} | machine)
+        self.write({"settings": settings, "arguments": sys.argv[1:], "teacher": teacher_metrics, "versions": versions}
+                   | machine)
         self.metrics = {}  # of the last evaluation
         self.history = []  # (names, values) of the losses of each step since the last report
         self.images, self.seconds, self.waited, self.clock = 0, 0.0, 0.0, time.time()
@@ -58,14 +54,12 @@ class Log:
         losses = [f"{value:g} x {name.removesuffix('_weight')}" for name, value in s.items()
                   if name.endswith("_weight") and value]
         sizes = [f"{name} {count_parameters(networks[name]):,}" for name in ("encoder", "decoder", "discriminator")]
-        processes = f", {RANKS} processes" if RANKS > 1 else ""
-        note = "" if s["variant"] == "plain" else "; diffusers' AutoencoderTiny cannot hold this variant"
         window = max(1, s["window"] // s["crop"]) * s["crop"]
-        print(f"machine   {machine['device']}, {machine['dtype']}, compile {machine['compile']}, torch "
-              f"{torch.__version__}{processes}")
+        print(f"machine   {machine['device']}, {machine['dtype']}, compile {machine['compile']}, {RANKS} process(es), "
+              f"torch {torch.__version__}")
         print(f"images    {images}")
         print(f"teacher   {s['teacher']}: {vae}")
-        print(f"student   {s['variant']}, width {s['width']}; parameters: {', '.join(sizes)}{note}")
+        print(f"student   {s['variant']}, width {s['width']}; parameters: {', '.join(sizes)}")
         print(f"losses    {', '.join(losses)}; {s['optimizer']}, learning rate {s['learning_rate']:g}")
         print(f"batch     {s['batch_size']} crops of {s['crop']} pixels from windows of {window}, each used "
               f"{s['echo']:g} times", flush=True)

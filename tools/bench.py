@@ -1,12 +1,11 @@
-"""Measure how fast train.py is on this machine, and how fast it could be.
+"""Measure how fast train.py is on this machine, in turns with the training loop of seraena's notebook.
 
     python -m tools.bench                              # the teacher is a VAE of SDXL's size with random weights
     python -m tools.bench --teacher=taef2_encoder.pth --data_dir=photos --crop=64 --batch_size=16
     python -m tools.bench --profile                    # what does a training step spend its time on?
 
-train.py and the training loop of seraena's notebook (tools/reference.py) take turns. The lower bound is the time that
-the multiplications or the memory traffic of a step would take at the rates of a large matrix product and of a copy. An
-image counts every time it is trained on; train.py uses each crop --echo times.
+The lower bound is the time that the multiplications or the memory traffic of a step would take at the rates of a large
+matrix product and of a copy. An image counts every time it is trained on; train.py uses each crop --echo times.
 """
 import json
 import os
@@ -32,8 +31,7 @@ from support.log import Log
 from teacher import Teacher
 from tools.reference import reference_loop
 
-# -----------------------------------------------------------------------------
-# settings
+# --- settings --------------------------------------------------------------------------------------------------------
 teacher = ""               # named as for train.py; '' = a VAE of SDXL's size with random weights
 data_dir = ""              # folder of images; '' = the bundled photographs
 crop = 96                  # training crop in pixels
@@ -42,7 +40,6 @@ pairs = 5                  # turns of train.py and of the reference
 steps = 10                 # steps that are timed in a turn (ten times as many on a GPU), or that are profiled
 warm_up = 70               # steps of train.py before these, in which its pool of crops becomes full
 extra = ""                 # more flags for train.py, separated by spaces, for example --echo=1
-reference_dtype = "auto"   # of the reference: auto (float16 on a GPU, float32 on a CPU), float32, bfloat16 or float16
 profile = False            # true = only print the time of a training step by kind of kernel; needs cuda or cpu
 device = "auto"            # auto, cuda, mps or cpu
 # -----------------------------------------------------------------------------
@@ -86,7 +83,7 @@ def time_train(teacher, steps):
 def compare_speeds(teacher, place):
     """Print the speeds of all pairs and their medians. Returns what time_train does, with the median of its speed."""
     timed_steps = 10 * steps if place.type == "cuda" else steps
-    loop = reference_loop(teacher, Images(data_dir).train, place, crop, batch_size, 3e-5, 64, reference_dtype)
+    loop = reference_loop(teacher, Images(data_dir).train, place, crop, batch_size)
     speeds = []
     for pair in range(1, pairs + 1):
         for _ in range(30 if place.type == "cuda" else 3):  # uses up what its workers read during train.py's turn
@@ -99,9 +96,8 @@ def compare_speeds(teacher, place):
         found = time_train(teacher, timed_steps)
         ours = found["images_per_second"]
         speeds.append((ours, theirs, ours / theirs))
-        print(f"pair {pair}: train.py {ours:.2f} images/s, reference {theirs:.2f}, ratio {ours / theirs:.2f}; train.py "
-              f"took {found['first_step']:.1f} s to the first step, waited for data {found['data_wait']:.0%} of the "
-              f"time and needed {found['peak_memory_mb']} MB", flush=True)
+        print(f"pair {pair}: train.py {ours:.2f} images/s ({found['first_step']:.1f} s to the first step, peak memory "
+              f"{found['peak_memory_mb']} MB), reference {theirs:.2f}, ratio {ours / theirs:.2f}", flush=True)
     ours, theirs, ratio = (statistics.median(column) for column in zip(*speeds))
     print(f"median: train.py {ours:.2f} images/s ({ours / found['echo']:.2f} new crops/s), reference {theirs:.2f}, "
           f"ratio {ratio:.2f}")
@@ -140,9 +136,8 @@ def print_lower_bound(teacher, place, found):
     matrix = torch.randn(size, size, device=place, dtype=pick_dtype("auto", place))
     source, target = torch.zeros(2, size, 8192, device=place)
     options = {"globals": locals(), "num_threads": torch.get_num_threads()}
-    product = Timer("matrix @ matrix", **options).blocked_autorange(min_run_time=3)
-    copy = Timer("target.copy_(source)", **options).blocked_autorange(min_run_time=3)
-    operations_rate, bytes_rate = 2 * size**3 / min(product.times), 2 * source.nbytes / min(copy.times)
+    operations_rate = 2 * size**3 / min(Timer("matrix @ matrix", **options).blocked_autorange().times)
+    bytes_rate = 2 * source.nbytes / min(Timer("target.copy_(source)", **options).blocked_autorange().times)
     print(f"lower bound of a step at {operations_rate / 1e12:.2f} T operations/s and {bytes_rate / 1e9:.1f} GB/s:")
     bound = 0.0
     for name, (passes, work) in parts.items():

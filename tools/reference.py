@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from data import to_tensor
 from model import Decoder, Encoder
-from support.device import pick_dtype
 from teacher import Teacher
 
 
@@ -58,24 +57,21 @@ def sample_latents(vae, images):
     return (vae.vae.encode(images * 2 - 1).latent_dist.sample() - vae.mean) / vae.std
 
 
-def reference_loop(teacher, paths, place, crop, batch_size, learning_rate, width, dtype="auto"):
+def reference_loop(teacher, paths, place, crop, batch_size):
     """Endless generator that does a training step and yields the averaged encoder and decoder."""
-    if dtype == "auto":
-        dtype = "float16" if place.type == "cuda" else "float32"
-    dtype = pick_dtype(dtype, place)
+    dtype = torch.float16 if place.type == "cuda" else torch.float32
     autocast = torch.autocast(place.type, dtype, enabled=dtype != torch.float32)
     vae = Teacher(teacher, place, dtype)
     vae.vae.to(memory_format=torch.contiguous_format)  # the notebook does not use channels_last
-    model = nn.ModuleDict({"encoder": Encoder(vae.latent_channels, vae.factor, width),
-                           "decoder": Decoder(vae.latent_channels, vae.factor, width)}).to(place)
+    model = nn.ModuleDict({"encoder": Encoder(vae.latent_channels, vae.factor),
+                           "decoder": Decoder(vae.latent_channels, vae.factor)}).to(place)
     average, updates, update_time = copy.deepcopy(model).requires_grad_(False), 0, time.time()
     discriminator = ReferenceDiscriminator(vae.latent_channels).to(place)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-5, betas=(0.9, 0.99))
     discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), 3e-4, betas=(0.9, 0.99))
     scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16)
     discriminator_scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16)
     replay = []
-    torch.backends.cudnn.benchmark = True
     sampler = RandomSampler(paths, replacement=True, num_samples=10**12)  # so that the loop below does not end
     loader = DataLoader(paths, batch_size, sampler=sampler, num_workers=min(12, torch.get_num_threads()),
                         collate_fn=functools.partial(load_crops, crop))

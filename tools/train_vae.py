@@ -2,7 +2,6 @@
 
     python -m tools.train_vae --out_dir=vae      # the `toy` teacher was made this way, in 27 minutes on one core
     python -m tools.train_vae --factor=16 --latent_channels=16 --data_dir=photos --out_dir=f16
-    python train.py --teacher=f16
 """
 import math
 import os
@@ -18,11 +17,9 @@ from sample import save_picture
 from support.config import configure, fail, require_positive
 from support.device import pick_device, pick_dtype
 
-# -----------------------------------------------------------------------------
-# settings
+# --- settings --------------------------------------------------------------------------------------------------------
 out_dir = "vae"            # new folder for the VAE, in the format of diffusers, which train.py --teacher= reads
 data_dir = ""              # folder of images, searched recursively; '' = the bundled photographs
-val_dir = ""               # folder of held-out images; '' = 5% of data_dir
 factor = 8                 # pixels per latent along each side: 2, 4, 8, 16, 32
 latent_channels = 4        # channels of the latent
 vae_width = 32             # channels of every layer, a multiple of 8
@@ -50,8 +47,8 @@ def initialize(vae):
 
 def check_settings():
     require_positive(globals(), "latent_channels", "batch_size", "max_iters", "learning_rate")
-    if os.path.isfile(out_dir) or os.path.isdir(out_dir) and os.listdir(out_dir):
-        fail(f"--out_dir={out_dir}: is a file or holds files already; choose a new folder")
+    if os.path.exists(out_dir):
+        fail(f"--out_dir={out_dir}: exists already; choose a new folder")
     rules = {"factor": (factor > 1 and not factor & (factor - 1), "a power of two"),
              "crop": (crop >= 16 and crop % max(1, factor) == 0, f"16 or more and a multiple of the factor, {factor}"),
              "vae_width": (vae_width >= 8 and vae_width % 8 == 0, "a multiple of 8")}
@@ -84,11 +81,9 @@ def train(vae, images, place):
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0:
-            rate = (step + 1) / (time.time() - start)
-            print(f"step {step}/{max_iters}  l1 {l1.item():.4f}  kl {kl.item():.2f}  {rate * batch_size:.0f} images/s  "
-                  f"{(max_iters - step) / rate / 60:.1f} min left", flush=True)
-        if step % 500 == 0:
-            rows = {"original": real[:8] / 2 + 0.5, f"round trip, step {step}": fake[:8] / 2 + 0.5}
+            minutes = (max_iters - step) * (time.time() - start) / (step + 1) / 60
+            print(f"step {step}/{max_iters}  l1 {l1:.4f}  kl {kl:.2f}  {minutes:.1f} min left", flush=True)
+            rows = {"original": real[:8] / 2 + 0.5, f"step {step}": fake[:8] / 2 + 0.5}
             save_picture(rows, os.path.normpath(out_dir) + ".png")
     loader.close()
 
@@ -103,7 +98,7 @@ def main():
         block_out_channels=(vae_width,) * stages, norm_num_groups=8, latent_channels=latent_channels,
         mid_block_add_attention=False, force_upcast=False).to(place)
     initialize(vae)
-    images = Images(data_dir, val_dir)
+    images = Images(data_dir)
     train(vae, images, place)
 
     vae.eval().requires_grad_(False)
