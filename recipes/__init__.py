@@ -1,1 +1,1 @@
-"""Files of settings for train.py, and published.py, the losses that only some of them use."""
+"""Files of settings for train.py, and published.py with losses that only some of them use."""

@@ -1,5 +1,4 @@
-# What the recipes of TAESD's author share (taesd issue 11): Adam for all, a constant rate; no windows, no pixel MSE,
-# no features of encoder or D.
+# What the recipes of TAESD's author have in common (taesd issue 11): Adam at a constant rate, none of our additions.
 optimizer = "adam"
 learning_rate = 3e-4
 discriminator_lr = 3e-4

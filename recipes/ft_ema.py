@@ -1,4 +1,4 @@
-# Stable Diffusion's ft-EMA decoder (CompVis/latent-diffusion): L1 + LPIPS, a late hinge of adaptive weight. Smooth.
+# Stable Diffusion's ft-EMA decoder (CompVis/latent-diffusion): L1 + LPIPS, and later a hinge loss. Smooth pictures.
 l1_weight = 1.0
 mse_weight = 0.0
 lowres_weight = 0.0

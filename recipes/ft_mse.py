@@ -1,4 +1,4 @@
-# Stable Diffusion's ft-MSE decoder: as ft-EMA, but MSE + 0.1 LPIPS. The smoothest of all.
+# Stable Diffusion's ft-MSE decoder: like ft-EMA, but with MSE + 0.1 LPIPS. Its pictures are the smoothest.
 from recipes.ft_ema import *
 
 l1_weight = 0.0

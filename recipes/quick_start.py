@@ -1,4 +1,4 @@
-# Two minutes on a CPU, no data, no downloads: the bundled donor learns the toy VAE, on bundled photographs.
+# Two minutes on a CPU, without data or downloads: the bundled donor is adapted to the bundled VAE and photographs.
 init_from = "donor"
 out_dir = "out-quick"
 crop = 64

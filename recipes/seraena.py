@@ -1,4 +1,4 @@
-# seraena's TAESDXL notebook, beside our discriminator: adversarial alone, its gradient of a fixed size; AdamW.
+# seraena's TAESDXL notebook, with our discriminator: the adversarial loss alone, its gradient of fixed size, AdamW.
 from recipes.author import *
 
 optimizer = "adamw"

@@ -1,4 +1,4 @@
-# TAESD 1.0: adversarial + MSE. Terms and optimizer from taesd issues 2 and 11; the weights of the terms are ours.
+# TAESD 1.0: adversarial + MSE. The losses and the optimizer are from taesd issues 2 and 11; the weights are ours.
 from recipes.author import *
 
 mse_weight = 0.1

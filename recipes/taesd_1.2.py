@@ -1,4 +1,4 @@
-# TAESD 1.2: adversarial + low-res MSE, D also judges the encoder's latents (taesd issue 11); the weights are ours.
+# TAESD 1.2: adversarial + low-res MSE, and D also judges the encoder's latents (taesd issue 11); the weights are ours.
 from recipes.author import *
 
 lowres_weight = 1.0

@@ -1,1 +1,1 @@
-"""What train.py stands on, and a forker need not read: settings, files, the record of a run."""
+"""What train.py and sample.py need around the method: settings, files, logs, and the machine."""
