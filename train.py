@@ -5,14 +5,14 @@ r"""Train a tiny autoencoder (TAESD) that uses the same latents as a big VAE, it
 
                 real image x [0,1]
                /         |         \
-      teacher.encode     |       encoder --> latent'     encoder loss: latent' = latent
+      teacher.encode     |       encoder --> latent'     encoder loss: latent' is near latent
               |          |
             latent ------|---> decoder --> fake          decoder loss: fake is near x and looks real
               |          |        |
-      D, the discriminator(x or fake | latent)           + replay buffer of old fakes
+      discriminator D(x or fake, given latent)           half of the fakes are old ones, from a replay buffer
 
 The encoder copies the teacher's latents. The decoder is a conditional GAN trained on real images: it may invent detail,
-but not shift colours. The method is that of TAESD's author (github.com/madebyollin/taesd, issues 2 and 11; seraena).
+but not shift colours. The method is that of TAESD's author: github.com/madebyollin/taesd (issues 2, 11) and /seraena.
 """
 import copy
 
@@ -32,21 +32,21 @@ from teacher import Teacher
 # Settings. Each line `name = default  # help` is a flag, --name=value, and can be set in a recipe.
 # run
 out_dir = "out"              # checkpoints, weights, pictures, settings.py and log.jsonl are written to this folder
-init_from = "scratch"        # scratch; donor (bundled); resume; another run, a taesd.py file or an AutoencoderTiny
+init_from = "scratch"        # scratch; resume; donor (bundled, made for another VAE); a run, a weights file or a folder
 max_iters = 300_000          # steps; seraena's example trains about this many at 96 pixels; 0 = only export the start
-seed = 0                     # of weights, crops and replay
+seed = 0                     # random seed of weights, crops and samples
 # data
 data_dir = ""                # folder of images, searched recursively; '' = thirty bundled ones, to try things out
 val_dir = ""                 # folder of held-out images; '' = 5% of data_dir, chosen by file name
 crop = 96                    # training crop in pixels, a multiple of the teacher's factor; finish a long run at 256
-window = 256                 # crops are cut from windows of at most this side, which the teacher encodes whole; 0 = off
+window = 256                 # the teacher encodes squares of at most this side, which are then cut into crops; 0 = off
 batch_size = 16              # crops per step, of all GPUs together
-color_augment = 0.07         # share of windows with randomly mixed colour channels; 0 = off
+color_augment = 0.07         # share of these squares with randomly mixed colour channels; 0 = off
 echo = 2.0                   # how often a crop is used, on average (data echoing, Choi et al. 2019)
 workers = 0                  # threads that read images; 0 = as many as there are cores
 # teacher and student
 teacher = "toy"              # toy, sd, sd-mse, sdxl, a diffusers folder, a hub id, a .safetensors file, a taesd.py .pth
-variant = "auto"             # plain (TAESD), midblock_gn (FLUX.2) or f32 (Sana); auto = as init_from or the teacher
+variant = "auto"             # plain (TAESD), midblock_gn (FLUX.2), f32 (Sana); auto = init_from's, else the teacher's
 width = 64                   # channels of the student; 32 or 16 for phones and CPUs
 train_encoder = True         # false = leave the encoder as it is in init_from
 train_decoder = True         # false = leave the decoder as it is in init_from
@@ -56,11 +56,11 @@ feature_matching_weight = 5.0  # D's layers should see the same in both; needs a
 lowres_weight = 10.0         # MSE of images after 8x8 average pooling, which keeps colours in place
 mse_weight = 10.0            # MSE of the pixels
 replay_size = 4096           # old fakes kept for D, stored as bytes on the device; 0 = D sees new fakes only
-encoder_loss = "mse"         # of the latents: mse, or l1, which is better for the teacher's decoder in long runs
-encoder_feature_weight = 1.0 # L1 of what our decoder's first layers make of the student's and of the teacher's latents
-latent_noise = 0.0           # largest noise on the decoder's latents, so that it can also preview unfinished latents
+encoder_loss = "mse"         # mse; or l1, with which the teacher's decoder gives better pictures after long training
+encoder_feature_weight = 1.0 # L1 of what our averaged decoder's first layers make of the student's and teacher's latent
+latent_noise = 0.0           # largest noise on the latents that decoder and D see, to preview unfinished latents
 # losses of published recipes
-encoder_adversarial_weight = 0.0  # D also judges real images together with the student's latents (TAESD 1.2)
+encoder_adversarial_weight = 0.0  # D also judges real images with the student's latents (TAESD 1.2); needs both and D
 adversarial_form = "lsgan"   # lsgan (least squares; relativistic for the decoder) or hinge
 adversarial_scaling = "none" # of the adversarial gradient: none, unit (seraena) or adaptive (VQGAN)
 adversarial_start = 0        # step from which D takes part; before it, the decoder learns from the pixel losses alone
@@ -72,7 +72,7 @@ optimizer = "muon"           # muon (with Adam for biases and D's outer layers),
 learning_rate = 1e-3         # of encoder and decoder; 1e-4 is usual for weights that are trained already
 discriminator_lr = 1e-3      # of the discriminator
 cooldown = 0.5               # share of the steps, at the end, over which the learning rates fall to 0
-ema_halflife = 10_000        # images over which half of the exported weight average is renewed; 0 = no average
+ema_halflife = 10_000        # half-life of the exported weight average, in images; 0 = no average
 # reports
 log_interval = 50            # steps between lines in log.jsonl and on the console
 eval_interval = 1000         # steps between evaluations; each writes a picture, a checkpoint and the weights
@@ -83,9 +83,9 @@ device = "auto"              # auto, cuda, mps or cpu
 dtype = "auto"               # of teacher and autocast: auto, float32, bfloat16 or float16; weights stay float32
 compile = "auto"             # auto, true or false: torch.compile and, on a GPU, a CUDA graph of the step
 # -----------------------------------------------------------------------------
-settings = configure(globals())
-checkpoint = open_run(settings)  # None from scratch
-device = pick_device(device)  # from here on, these globals hold what "auto" means on this machine
+settings = configure(globals())  # overrides the globals above by recipes and flags, and returns all of them as a dict
+checkpoint = open_run(settings)  # what init_from names; None from scratch
+device = pick_device(device)  # from here on, the globals hold what "auto" means on this machine; settings do not change
 dtype, compile = pick_dtype(dtype, device), pick_compile(compile, device)
 batch_size //= RANKS  # torchrun starts several processes, each with its share of the batch; otherwise RANKS is 1
 
@@ -107,10 +107,10 @@ networks.to(device, memory_format=torch.channels_last)
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 # Muon trains all convolutions of the student: with Adam, the layers next to images and latents learn too slowly, and
-# colours suffer. In D it trains the hidden convolutions. Adam trains the rest (its arguments are from taesd issue 11).
+# colours suffer. In D it trains the hidden convolutions. Adam trains the rest (its settings: taesd issue 11).
 convs = conv_weights(encoder) + conv_weights(decoder)
 student_optimizer = make_optimizer(optimizer, [encoder, decoder], convs, dtype, betas=(0.9, 0.9), amsgrad=True)
-hidden = [weight for weight in conv_weights(discriminator)[1:] if weight.shape[-1] > 1]  # not the scores', 1x1
+hidden = [weight for weight in conv_weights(discriminator)[1:] if weight.shape[-1] > 1]  # not the 1x1 ones
 discriminator_optimizer = make_optimizer(optimizer, [discriminator], hidden, dtype, betas=(0.5, 0.99))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 parts = {**networks, "student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer,
@@ -122,7 +122,7 @@ def get_lr_scale(step):
 
 def optimizer_step(optimizer, loss, lr):
     for group in optimizer.param_groups:
-        group.update(lr=lr, capturable=torch.is_tensor(lr))  # in a CUDA graph, lr is a tensor
+        group.update(lr=lr, capturable=torch.is_tensor(lr))  # where cuda_graphed records the step, lr is a tensor
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -158,14 +158,15 @@ loss_weights = {
     "l1": l1_weight, "frequency": frequency_weight, "lpips": lpips_weight, "adversarial": adversarial_weight,
     "feature_matching": feature_matching_weight, "encoder_adversarial": encoder_adversarial_weight}
 use_discriminator = train_decoder and adversarial_weight > 0
-decoder_features = ema_decoder[:6]  # what the averaged decoder's first layers make of a latent (taesd issue 11)
+decoder_features = ema_decoder[:6]  # the averaged decoder's first layers, up to its third block (taesd issue 11)
 
-def weighted_sum(losses):
+def student_loss(losses):
+    """What encoder and decoder minimise. D's own loss has no weight here, and is left out."""
     return sum(loss_weights[name] * loss for name, loss in losses.items() if name in loss_weights)
 
 # --- the pool of real crops, and the replay buffer of old fakes ------------------------------------------------------
 class Buffer:
-    """Pairs of image [3,H,W] in [0,1] and latent, kept on the device, images as bytes. Samples are drawn at random."""
+    """Pairs of image [3,H,W] in [0,1] and latent, kept on the device as bytes and float16."""
     def __init__(self, size):
         side = crop // vae.factor
         self.images = torch.zeros(size, 3, crop, crop, dtype=torch.uint8, device=device)
@@ -174,7 +175,7 @@ class Buffer:
         self.filled = 0
 
     def add(self, images, latents):
-        """Append while there is room; after that, replace the pairs that were drawn most often."""
+        """Append while there is room; after that, replace the pairs that were sampled most often."""
         free = torch.arange(self.filled, min(self.filled + len(images), len(self.images)), device=device)
         uses = self.uses[:self.filled] + torch.rand(self.filled, device=device)  # random among equals
         slots = torch.cat([free, uses.topk(min(self.filled, len(images) - len(free))).indices])
@@ -184,35 +185,35 @@ class Buffer:
         self.uses.index_fill_(0, slots, 0)  # unlike self.uses[slots] = 0, this does not wait for the GPU
 
     def sample(self, n):
-        """n different pairs in float32."""
+        """n different pairs, at random, in float32; fewer if there are not so many."""
         slots = torch.randperm(self.filled, device=device)[:n]
         self.uses[slots] += 1
         images = (self.images[slots].float() / 255).contiguous(memory_format=torch.channels_last)
         return images, self.latents[slots].float()
 
-tiles_per_side = max(1, window // crop)  # crops side by side in a window
-windows = max(1, round(batch_size / echo / tiles_per_side**2))  # windows that are read at once
+tiles_per_side = max(1, window // crop)  # whole crops side by side in a window
+windows = max(1, round(batch_size / echo / tiles_per_side**2))  # number of windows that are read at once
 crop_pool = Buffer(64 * max(batch_size, windows * tiles_per_side**2))  # large enough to mix crops of many images
 replay_buffer = Buffer(replay_size if use_discriminator else 0)
 crops_due = 0.0
 
 def get_batch():
-    """Real crops and the teacher's latents. A pair is used `echo` times on average; until the pool is full, it receives
-    two batches per step. A latent depends on its surroundings, so the teacher encodes whole windows."""
+    """Real crops and the teacher's latents from the pool, which renews 1/echo of a batch per step (until it is full, it
+    adds two batches). A latent depends on what surrounds its crop, so the teacher encodes whole windows."""
     global crops_due
     crops_due += batch_size / echo if crop_pool.filled == len(crop_pool.images) else 2 * batch_size
     while crops_due > 0:
-        real = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
-        crop_pool.add(to_tiles(real, tiles_per_side), to_tiles(vae.encode(real), tiles_per_side))
+        window_images = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
+        crop_pool.add(*(to_tiles(x, tiles_per_side) for x in (window_images, vae.encode(window_images))))
         crops_due -= windows * tiles_per_side**2
     return crop_pool.sample(batch_size)
 
 # --- start, or continue a run ----------------------------------------------------------------------------------------
 step, images_seen = 0, 0
-exportable = [half for half in ("encoder", "decoder") if settings[f"train_{half}"] and max_iters > 0]
+exportable = [name for name in ("encoder", "decoder") if settings[f"train_{name}"] and max_iters > 0]
 if checkpoint:
     step, images_seen, loaded = start_from(checkpoint, parts, init_from, vae, images, settings, autocast)
-    exportable += [half for half in loaded if half not in exportable]
+    exportable += [name for name in loaded if name not in exportable]  # a network that is neither would be noise
 setup_ddp(networks)
 log = Log(settings, device, dtype, compile, images, vae, networks)
 if compile:
@@ -228,10 +229,9 @@ raw_weights = [weight.detach() for weight in (*encoder.parameters(), *decoder.pa
 @cuda_graphed(device, settings["compile"], scaler)
 def train_step(real, latent, lr_scale, old_fakes, old_latents):
     """Returns {name: loss}, the fakes and their latents. Every loss in the dictionary is logged under its name."""
-    losses, scaled, fake = {}, {}, latent  # scaled: losses for the gradient that are logged as they were before
+    losses, rescaled, fake = {}, {}, latent  # rescaled: replaces losses in the backward pass, but not in the log
 
-    # The encoder copies the teacher's latents. Our decoder's first layers should also see the same in both, unless the
-    # decoder holds nothing but noise.
+    # The encoder copies the teacher's latents, and our decoder's first layers (if they know any) see the same in both.
     if train_encoder:
         with autocast:
             student_latent = encoder(real).float()
@@ -255,7 +255,7 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
     if old_fakes is not None:
         # The discriminator learns first. Half of its fakes are from the replay buffer, so that it keeps recognising
         # mistakes that the decoder has stopped making, and the two do not chase each other in circles.
-        n = len(old_fakes)
+        n = len(old_fakes)  # half a batch, but none in the first step
         d_fakes, d_latents = torch.cat([old_fakes, fake.detach()[n:]]), torch.cat([old_latents, latent[n:]])
         with autocast:
             real_scores, _ = discriminator(real, latent)
@@ -267,14 +267,14 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
             losses["discriminator"] = losses["discriminator"] + discriminator_loss(real_scores, encoder_scores)
         optimizer_step(discriminator_optimizer, losses["discriminator"], lr_scale * discriminator_lr)
 
-        # Then the decoder learns from the discriminator, which is frozen meanwhile.
+        # Then the decoder learns from the updated discriminator, which is frozen meanwhile.
         discriminator.requires_grad_(False)
         with autocast:
             real_scores, real_activations = discriminator(real, latent)
             fake_scores, fake_activations = discriminator(fake, latent)
         adversarial = adversarial_loss(real_scores, fake_scores)
-        scale = published.SCALINGS[adversarial_scaling]
-        scaled["adversarial"] = scale(adversarial, fake, weighted_sum(losses), decoder, scaler)
+        rescale = published.SCALINGS[adversarial_scaling]  # "none" returns the loss as it is
+        rescaled["adversarial"] = rescale(adversarial, fake, student_loss(losses), decoder, scaler)
         losses["adversarial"] = adversarial
         if feature_matching_weight > 0:
             losses["feature_matching"] = feature_matching_loss(real_activations, fake_activations)
@@ -284,16 +284,16 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
             losses["encoder_adversarial"] = adversarial_loss(real_scores, encoder_scores)
         discriminator.requires_grad_(True)
 
-    optimizer_step(student_optimizer, weighted_sum(losses | scaled), lr_scale * learning_rate)
+    optimizer_step(student_optimizer, student_loss(losses | rescaled), lr_scale * learning_rate)
     scaler.update()
     return {name: loss.detach() for name, loss in losses.items()}, fake.detach(), latent
 
 # --- the loop --------------------------------------------------------------------------------------------------------
 first_step, interrupted = step, False
 while True:
-    # evaluate and save; before the first step only if the run starts from weights, to see how good they are
     last = step == max_iters or interrupted
-    if (last or step % eval_interval == 0) and (step > first_step or init_from not in ("scratch", "resume")):
+    has_news = step > first_step or init_from not in ("scratch", "resume")  # new weights, trained or just loaded
+    if has_news and (last or step % eval_interval == 0):
         if not interrupted:
             log.evaluate(step, images_seen, ema_encoder, ema_decoder, decoder, autocast)
         checkpoint = {"step": step, "images_seen": images_seen, "shape": shape, "settings": settings,
@@ -314,7 +314,7 @@ while True:
     # Average the weights over images. Early in a run, half of the average is from the last tenth of the images.
     halflife = max(1e-9, min(ema_halflife, 0.1 * images_seen))
     torch._foreach_lerp_(averaged_weights, raw_weights, 1 - 0.5 ** (batch_size * RANKS / halflife))
-    interrupted = log.add(step, images_seen, losses)  # by Ctrl-C
+    interrupted = log.add(step, images_seen, losses)  # Ctrl-C asks to stop
 
 loader.close()
 log.end(step, images_seen, interrupted)
