@@ -231,7 +231,7 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
     """Returns {name: loss}, the fakes and their latents. Every loss in the dictionary is logged under its name."""
     losses, rescaled, fake = {}, {}, latent  # rescaled: replaces losses in the backward pass, but not in the log
 
-    # The encoder copies the teacher's latents, and our decoder's first layers (if they know any) see the same in both.
+    # The encoder copies the teacher's latents. Our decoder's first layers, if trained or loaded, should see no difference.
     if train_encoder:
         with autocast:
             student_latent = encoder(real).float()
