@@ -1,113 +1,130 @@
-"""python sample.py: students beside their teacher, at several sizes, as pictures, a table and JSON."""
+"""sample.py: metrics, and tables and pictures of a run, of a teacher and of other weights."""
 import json
-import os
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-import data
 import sample
-from conftest import evaluations, load, script
-from support import files, whole
-from support.configure import pick_dtype
+from conftest import evaluations, script
+from data import Images
+from support import latent_rgb
+from support.checkpoint import build_student, load_student
+from support.compare import whole_picture
 from teacher import Teacher
 
 
-def test_compare(tiny_run, copied_run, capsys):
+def test_metrics_by_hand():
+    real, fake, noise = torch.full((1, 3, 32, 32), 0.5), torch.full((1, 3, 32, 32), 0.6), torch.rand(2, 3, 32, 32)
+    assert sample.psnr(fake, real).item() == pytest.approx(20, abs=1e-3)
+    assert sample.psnr(real, real).item() == 100
+    assert sample.lowres_mse(fake, real).item() == pytest.approx(0.01)
+    assert sample.lowres_mse(noise, real).max() < 0.005  # noise has the right mean colours
+    assert sample.sharpness(noise * 0.5, noise).item() == pytest.approx(0.25)
+
+
+def test_metrics_of_latents_by_hand():
+    target = torch.tensor([[0.0, 2.0], [1.0, 5.0]]).view(1, 2, 1, 2)  # means 1 and 3, standard deviations √2 and 2√2
+    metrics = sample.compute_latent_metrics(target * torch.tensor([1.0, 0.5]).view(1, 2, 1, 1), target)
+    assert metrics["latent_mse"] == pytest.approx((0.25 + 6.25) / 4)
+    assert metrics["latent_mean_error"] == pytest.approx(1.5 / 8**0.5)
+    assert metrics["latent_std_error"] == pytest.approx(0.5)
+
+
+def test_ssim_is_that_of_convolutions_in_double_precision(monkeypatch):
+    """The variances are small differences of large numbers, and a GPU that rounds convolutions to TF32 loses them."""
+    convolve = F.conv2d
+    monkeypatch.delattr(F, "conv2d")
+    real, fake = (0.5 + 0.01 * torch.randn(2, 1, 3, 32, 32)).unbind()
+    window = torch.exp(-(torch.arange(11) - 5.0).double().square() / 4.5)
+    window = (torch.outer(window, window) / window.sum() ** 2).expand(3, 1, 11, 11)
+    x, y = real.double(), fake.double()
+    mx, my, xx, yy, xy = (convolve(each, window, groups=3) for each in (x, y, x * x, y * y, x * y))
+    by_hand = ((2 * mx * my + 1e-4) / (mx**2 + my**2 + 1e-4)
+               * (2 * (xy - mx * my) + 9e-4) / (xx - mx**2 + yy - my**2 + 9e-4)).mean().item()
+    assert sample.ssim(fake, real).item() == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_latent_rgb_finds_a_linear_map(tmp_path):
+    """The first three channels are mixed mean colours of the patches, and two more channels are noise."""
+    images, mix = torch.rand(4, 3, 32, 32), torch.tensor([[2.0, 0, 1], [0, 1, 0], [-1, 0, 3]])
+    colors = F.avg_pool2d(images, 8) * 2 - 1
+    latents = torch.cat([torch.einsum("nchw,kc->nkhw", colors, mix) + 0.7, torch.randn(4, 2, 4, 4)], 1)
+    factors, bias, r2 = latent_rgb.fit_latent_rgb(latents, images)
+    assert r2 > 0.9999 and torch.allclose(factors, torch.cat([torch.linalg.inv(mix).T, torch.zeros(2, 3)]), atol=1e-3)
+    assert torch.allclose(latent_rgb.latent_rgb(latents, factors, bias, 4), colors / 2 + 0.5, atol=1e-3)
+    pasted = {}
+    exec(latent_rgb.save_latent_rgb(str(tmp_path / "rgb.json"), factors, bias), pasted)
+    assert json.loads((tmp_path / "rgb.json").read_text()).items() <= pasted.items()
+    assert torch.allclose(torch.tensor(pasted["latent_rgb_factors"]), factors, atol=1e-4)
+
+
+def table(output):
+    """{row: its numbers} of the last table that sample.py has printed."""
+    rows = re.findall(r"^(.*(?:teacher|decoder)) +(\d[\d. -]+)$", output, re.MULTILINE)
+    return {row.strip(): [float(number) for number in numbers.split()] for row, numbers in rows}
+
+
+def test_a_run_and_other_weights(tiny_run, copied_run, capsys):
+    """The other weights are the run's own, so they have the same metrics. The run's last evaluation has them, too."""
     script("sample.py", f"--out_dir={copied_run}", f"--compare={tiny_run.out / 'diffusers'}", "--device=cpu")
+    rows, last = table(capsys.readouterr().out), evaluations(tiny_run.out)[-1]
+    assert len(rows) == 1 + 3 + 3
+    assert rows["our encoder and decoder"] == rows["diffusers: encoder and decoder"]
+    for name, number in zip(("psnr", "ssim", "lowres_mse", "sharpness"), rows["our decoder"]):
+        assert number == pytest.approx(last[f"val_{name}"], rel=0.05, abs=1e-3), name  # it may be of bfloat16
+    assert rows["our encoder, teacher's decoder"][0] == pytest.approx(last["val_teacher_psnr"], rel=0.05)
+    assert rows["our encoder, teacher's decoder"][4] == pytest.approx(last["val_latent_mse"], rel=0.05)
+    assert Image.open(copied_run / "samples" / "sample.png").height == (1 + len(rows) + 1) * (64 + 20)
+
+
+@torch.no_grad()
+def test_a_teacher_and_other_weights_at_two_sizes(tiny_run, tmp_path, capsys):
+    path = tiny_run.out / "taesd_encoder.pth"
+    script("sample.py", "--teacher=toy", f"--compare={path}", f"--images={tiny_run.folder}", "--count=6",
+           "--size=32,64", "--device=cpu", f"--out_dir={tmp_path}")
+    assert (tmp_path / "samples" / "look-32.png").exists()
+    teacher, student = Teacher("toy"), build_student(load_student(str(path)))
+    real = Images("", str(tiny_run.folder)).held_out(6, 64) / 255
+    latent, encoded = teacher.encode(real), student["encoder"](real)
+    pictures = {"teacher": teacher.decode(latent), "taesd_encoder.pth: decoder": student["decoder"](latent),
+                "taesd_encoder.pth: encoder and decoder": student["decoder"](encoded),
+                "taesd_encoder.pth: encoder, teacher's decoder": teacher.decode(encoded)}
     output = capsys.readouterr().out
-    rows = {line[:36].strip(): line[36:].split() for line in output.splitlines() if "decoder" in line}
-    assert rows["our encoder and decoder"][:7] == rows["diffusers: encoder and decoder"][:7]  # the same weights
-    with Image.open(copied_run / "samples" / "sample.png") as picture:
-        assert picture.height == 11 * (64 + 20)
-    script("sample.py", f"--out_dir={copied_run}", f"--images={tiny_run.folder / '0.jpg'}", "--size=48", "--device=cpu")
-    with Image.open(copied_run / "samples" / "sample.png") as picture:
-        assert picture.size == (48, 7 * (48 + 20))
-
-
-@torch.no_grad()
-def test_a_tiny_autoencoder_without_a_run(tiny_run, tmp_path):
-    """Its figures at two sizes are those worked out here."""
-    path, out = tiny_run.out / "taesd_encoder.pth", tmp_path / "out"
-    script("sample.py", "--teacher=toy", f"--compare={path}", f"--images={tiny_run.folder}", "--count=1",
-           "--size=32,64", "--device=cpu", f"--json={tmp_path / 'figures.json'}", f"--out_dir={out}")
-    written = json.loads((tmp_path / "figures.json").read_text())
-    assert written["teacher"] == "toy" and list(written["size"]) == ["32", "64"]
-    teacher, ours = Teacher("toy"), files.student(files.load_student(str(path)))
-    real = data.Images("", str(tiny_run.folder)).held_out(1, 64) / 255
-    latent, theirs = teacher.encode(real), ours["encoder"](real)
-    pictures = {"teacher round trip": teacher.decode(latent), "taesd_encoder.pth: decoder": ours["decoder"](latent),
-                "taesd_encoder.pth: encoder and decoder": ours["decoder"](theirs),
-                "taesd_encoder.pth: encoder, teacher's decoder": teacher.decode(theirs)}
-    figures = written["size"]["64"]["figures"]
-    assert figures.keys() == pictures.keys()
-    for label, picture in pictures.items():
-        for name, value in sample.measure(picture.clamp(0, 1), real).items():
-            assert figures[label][name] == pytest.approx(value, rel=1e-3), (label, name)
-    for label in list(pictures)[2:]:
-        assert figures[label]["latent_mse"] == pytest.approx((theirs - latent).square().mean().item(), rel=1e-3)
-    both = figures["taesd_encoder.pth: encoder and decoder"]
-    assert both["parameters"] == 77_540 + 77_539 and both["megabytes"] == pytest.approx(4 * 155_079 / 2**20, rel=1e-3)
-    channels = written["size"]["64"]["latents"]["taesd_encoder.pth: latents"]
-    assert channels["mean"] == pytest.approx(theirs.mean((0, 2, 3)).tolist(), abs=1e-3) and len(channels["std"]) == 4
-    assert {path.name for path in (out / "samples").iterdir()} == {"look-32.png", "look-64.png", "look-latent_rgb.json"}
-
-
-@torch.no_grad()
-def test_figures_of_a_run(tiny_run):
-    """The last evaluation's, worked out from its checkpoint, in its precision: means of few latents are small."""
-    dtype = pick_dtype("auto", torch.device("cpu"))
-    checkpoint, teacher = load(tiny_run.out / "ckpt.pt"), Teacher("toy", "cpu", dtype)
-    real, ours, figures = checkpoint["held_out"] / 255, files.student(checkpoint), evaluations(tiny_run.out)[-1]
-    latent = teacher.encode(real)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        theirs, picture = ours["encoder"](real).float(), ours["decoder"](latent).float().clamp(0, 1)
-    by_teacher = sample.measure(teacher.decode(theirs), real)
-    expected = sample.measure(picture, real) | sample.latent_errors(theirs, latent)
-    expected |= {f"teacher_{name}": by_teacher[name] for name in ("psnr", "lowres_mse")}
-    for name, value in expected.items():
-        assert figures[f"val_{name}"] == pytest.approx(value, rel=0.05, abs=1e-4), name
-
-
-def test_errors_of_latents_by_hand():
-    goal = torch.tensor([[0.0, 2.0], [1.0, 5.0]]).view(1, 2, 1, 2)  # means 1 and 3, standard deviations √2 and 2√2
-    errors = sample.latent_errors(goal * torch.tensor([1.0, 0.5]).view(1, 2, 1, 1), goal)
-    assert errors["latent_mse"] == pytest.approx((0.25 + 6.25) / 4)
-    assert errors["latent_mean_error"] == pytest.approx(1.5 / 8**0.5)
-    assert errors["latent_std_error"] == pytest.approx(0.5)
+    rows = table(output)
+    assert rows.keys() == pictures.keys()
+    for row, picture in pictures.items():
+        metrics = sample.compute_metrics(picture.clamp(0, 1), real)
+        assert rows[row][:4] == pytest.approx(list(metrics.values()), rel=1e-3, abs=6e-4), row
+    assert rows[row][4] == pytest.approx(F.mse_loss(encoded, latent).item(), rel=1e-3)
+    std = re.search(r"^std +(.*)$", output, re.MULTILINE).group(1).split()
+    assert [float(value) for value in std] == pytest.approx(latent.std((0, 2, 3)).tolist(), abs=0.006)
 
 
 def test_whole_pictures(copied_run, tmp_path, capsys):
     gradient, pictures = Image.radial_gradient("L"), tmp_path / "pictures"
     for folder in ("a", "b"):
-        os.makedirs(pictures / folder)
+        (pictures / folder).mkdir(parents=True)
         gradient.resize((24, 24)).save(pictures / folder / "same.png")
     gradient.resize((75, 44)).convert("RGB").save(pictures / "photo.png")
     gradient.resize((75, 7)).save(pictures / "flat.png")
-    (pictures / "broken.jpg").write_bytes(b"not a picture")
     script("sample.py", f"--out_dir={copied_run}", f"--images={pictures}", "--size=0", "--device=cpu")
     output = capsys.readouterr()
-    assert "72x40 each: original | teacher | our" in output.out
-    assert "broken.jpg: cannot identify" in output.err and "flat.png: 75x7 pixels: the shorter side" in output.err
-    names = {path.name for path in (copied_run / "samples" / "whole").iterdir()}
-    assert names == {"photo.png.png", "a_same.png.png", "b_same.png.png"}
-    path = copied_run / "samples" / "whole" / "photo.png.png"
-    with Image.open(path) as picture, Image.open(pictures / "photo.png") as original:
-        assert picture.size == (3 * 72, 40 + 20)
-        assert picture.crop((0, 20, 72, 60)).tobytes() == original.crop((1, 2, 73, 42)).tobytes()
-        parts = [picture.crop((72 * i, 20, 72 * i + 72, 60)).tobytes() for i in range(3)]
-        assert len(set(parts)) == 3
-    assert not (copied_run / "samples" / "sample.png").exists()
+    assert "72x40 each: original | teacher | our" in output.out and "flat.png: 75x7 pixels: the short" in output.err
+    whole = sorted((copied_run / "samples" / "whole").iterdir(), key=lambda path: path.name[4:])
+    original, picture = Image.open(pictures / "photo.png"), Image.open(whole[0])
+    parts = [picture.crop((left, 20, left + 72, 60)).tobytes() for left in (0, 72, 144)]
+    assert picture.size == (3 * 72, 40 + 20) and parts[0] == original.crop((1, 2, 73, 42)).tobytes()
+    assert len(whole) == len(set(parts)) == 3
 
 
-def test_a_picture_on_its_side(tmp_path):
-    picture = Image.radial_gradient("L").resize((40, 72)).convert("RGBA")
-    picture.putalpha(0)
-    exif = Image.Exif()
+def test_a_whole_picture_that_is_turned_transparent_or_large(tmp_path):
+    picture, exif = Image.new("RGBA", (40, 72)), Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     picture.save(tmp_path / "turned.png", exif=exif)
-    found = whole.whole_picture(str(tmp_path / "turned.png"), 16)
-    assert found.shape == (32, 64, 3) and (found == 255).all()  # transparent: white
+    found = whole_picture(str(tmp_path / "turned.png"), 16)
+    assert found.shape == (32, 64, 3) and (found == 255).all()  # transparent pixels become white
     Image.new("L", (5000, 100)).save(tmp_path / "long.png")
-    assert whole.whole_picture(str(tmp_path / "long.png"), 8).shape == (40, 2048, 3)
+    assert whole_picture(str(tmp_path / "long.png"), 8).shape == (40, 2048, 3)

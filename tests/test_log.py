@@ -1,0 +1,100 @@
+"""What a run tells: log.jsonl, lines on the console, the last block of results, and curves."""
+import copy
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import records, script, train
+from support import curves, log
+
+
+def test_the_log_of_a_run(tiny_run):
+    first, *lines = records(tiny_run.out)
+    assert first.keys() == {"settings", "arguments", "versions", "teacher", "device", "dtype", "compile"}
+    assert first["settings"]["learning_rate"] == 3e-3 and "--learning_rate=3e-3" in first["arguments"]
+    steps = [line for line in lines if "mse" in line]
+    assert [(line["step"], line["images_seen"]) for line in steps] == [(n, 4 * n) for n in range(1, 61)]
+    losses = {"encoder", "encoder_feature", "mse", "lowres_mse", "adversarial", "feature_matching", "discriminator"}
+    assert steps[-1].keys() == losses | set(curves.NOT_LOSSES)
+    assert [line["step"] for line in lines if "val_psnr" in line] == [20, 40, 60]
+
+
+def test_the_console_begins_with_a_summary_and_ends_with_the_last_metrics(tiny_run):
+    first, *_, last = records(tiny_run.out)
+    summary, results = tiny_run.output.split("---\n")
+    assert "images    24 to train on, 1 held out" in summary and summary.count("\nstep ") == 60
+    assert "1 x adversarial, 5 x feature_matching, 10 x lowres, 10 x mse, 1 x encoder_feature; muon" in summary
+    assert f"pictures of the held-out images: psnr {first['teacher']['psnr']:.2f} dB" in summary
+    printed = dict(line.split(": ") for line in results.splitlines())
+    assert printed["out_dir"] == str(tiny_run.out) and {name: float(printed[name]) for name in last} == last
+
+
+def test_reports_are_means_since_the_last_one(stepped, tmp_path, monkeypatch, capsys):
+    """Two steps of 4 images take 3 seconds each, of which they wait 1 second for images. D takes part in the second."""
+    clock, messages = SimpleNamespace(now=1000.0), copy.copy(stepped.after.log)
+    monkeypatch.setattr(log, "time", SimpleNamespace(time=lambda: clock.now))
+    vars(messages).update(out_dir=str(tmp_path), history=[], clock=clock.now,
+                          settings=stepped.after.settings | {"max_iters": 20, "log_interval": 2})
+
+    def images():
+        while True:
+            clock.now += 1
+            yield None
+    loader = messages.waiting_for(images())
+    for step, losses in ((7, {"mse": 1.0}), (8, {"mse": 3.0, "adversarial": 5.0})):
+        next(loader)
+        clock.now += 2
+        messages.add(step, 4 * step, {name: torch.tensor(value) for name, value in losses.items()})
+    report, = records(tmp_path)
+    assert report.items() >= {"step": 8, "images_seen": 32, "images_per_second": round(8 / 6, 2),
+                              "mse": 2.0, "adversarial": 5.0, "data_wait": round(2 / 6, 3)}.items()
+    printed = capsys.readouterr().out
+    assert "step 8/20  images_seen 32" in printed and "mse 2  adversarial 5" in printed and "left 0:00:36" in printed
+
+
+def test_memory_is_that_of_the_gpu_or_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 2**20)
+    assert log.peak_memory_mb(torch.device("cuda")) == 3
+    if sys.platform == "linux":
+        peak = open("/proc/self/status").read().split("VmHWM:")[1].split()[0]
+        assert log.peak_memory_mb(torch.device("cpu")) == pytest.approx(int(peak) / 2**10, rel=0.05)
+
+
+def test_a_resumed_run_continues_its_log(tiny_run, copied_run):
+    """After a kill, steps 61 to 63 were lost, and the line of step 64 was cut short. Steps 61 and 62 are repeated."""
+    lines = [json.dumps({"step": step, "images_seen": 4 * step, "mse": 99.0}) for step in (61, 62, 63)]
+    with open(copied_run / "log.jsonl", "a") as file:
+        file.write("\n".join(lines) + '\n{"step": 64, "images_se')
+    train("--init_from=resume", "--max_iters=62", f"--out_dir={copied_run}")
+    teacher_metrics, found = curves.read_log(copied_run)
+    assert teacher_metrics == records(tiny_run.out)[0]["teacher"]
+    assert list(found["mse"]) == list(range(4, 252, 4)) and max(found["mse"].values()) < 1
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_a_run_draws_its_curves(tiny_run, tmp_path, monkeypatch):
+    """sample.py draws the same figure. In a figure of two runs the second one is orange."""
+    monkeypatch.chdir(tmp_path)
+    script("sample.py", f"--curves={tiny_run.out}")
+    one = pixels("curves.png")
+    assert np.array_equal(one, pixels(tiny_run.out / "curves.png"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.jsonl").write_text(
+        '{"images_seen": 100, "val_psnr": 12}\n{"images_seen": 200, "val_psnr": 15}')
+    script("sample.py", f"--curves={tiny_run.out},other")
+    orange = [(np.abs(picture - [255, 127, 14]).sum(-1) < 30).sum() for picture in (one, pixels("curves.png"))]
+    assert orange[0] == 0 and orange[1] > 100
+
+
+def test_a_figure_that_cannot_be_drawn_ends_no_run(stepped, monkeypatch, capsys):
+    monkeypatch.setattr(log, "draw_curves", lambda out_dirs, path: 1 / 0)
+    stepped.after.log.draw_curves()
+    assert "no curves (division by zero)" in capsys.readouterr().out

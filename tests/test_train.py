@@ -1,0 +1,185 @@
+"""What a run does: its schedule, how it reads images, how it stops and goes on, and training one half alone."""
+import os
+import re
+import signal
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn as nn
+
+import model
+from conftest import TINY, load, records, script, start, train
+from sample import Evaluator
+from support import checkpoint, device
+from support.log import Log
+from teacher import Teacher
+
+
+def losses(out_dir):
+    """The lines of log.jsonl that report losses."""
+    return [line for line in records(out_dir) if "data_wait" in line]
+
+
+# the schedule, and how images are read
+
+@pytest.mark.parametrize("cooldown, expected", [
+    (0.2, [1, 1, 1, 0.5, 0.05]), (0, [1, 1, 1, 1, 1]), (1, [1, 0.5, 0.2, 0.1, 0.01])])
+def test_the_learning_rates_fall_over_the_last_steps(cooldown, expected, stepped, monkeypatch):
+    monkeypatch.setattr(stepped.after, "max_iters", 100)
+    monkeypatch.setattr(stepped.after, "cooldown", cooldown)
+    assert [stepped.after.get_lr_scale(step) for step in (0, 50, 80, 90, 99)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("flags, side, n, reads_per_step", [
+    (["--window=0", "--echo=2"], 32, 3, 1), (["--window=0", "--echo=1"], 32, 6, 1), (["--window=95"], 64, 1, 3 / 4),
+    (["--window=16", "--echo=6"], 32, 1, 1), (["--window=96", "--echo=3"], 96, 1, 2 / 9)])
+def test_each_crop_is_used_as_often_as_echo_says(flags, side, n, reads_per_step, tmp_path):
+    """With six crops a step. side: of a window in pixels; n: windows that are read at once."""
+    scope = train(*TINY, *flags, "--batch_size=6", "--max_iters=1", f"--out_dir={tmp_path / 'out'}")
+    windows, read = torch.zeros(n, 3, side, side, dtype=torch.uint8), []
+    scope.loader = iter(lambda: read.append(1) or windows, None)
+    while scope.crop_pool.filled < len(scope.crop_pool.images):
+        scope.get_batch()
+    scope.crops_due, read[:] = 0.0, []
+    for _ in range(36):
+        scope.get_batch()
+    assert len(read) == 36 * reads_per_step
+
+
+def test_the_discriminator_takes_part_from_adversarial_start(tmp_path):
+    train(*TINY, "--max_iters=4", "--adversarial_start=2", f"--out_dir={tmp_path}")
+    assert ["discriminator" in line for line in losses(tmp_path)] == [False, False, True, True]
+    assert all("mse" in line for line in losses(tmp_path))
+
+
+# stopping, and going on
+
+def test_a_resumed_run_goes_on_where_it_stopped(tiny_run, copied_run):
+    """With a learning rate near 0, so that the weights stay as they were loaded."""
+    scope = train("--init_from=resume", f"--out_dir={copied_run}", "--max_iters=61", "--learning_rate=1e-12",
+                  "--discriminator_lr=1e-12")
+    before, after = load(tiny_run.out / "ckpt.pt"), load(copied_run / "ckpt.pt")
+    assert (after["step"], after["images_seen"]) == (61, 244)
+    for name in ("encoder", "decoder", "discriminator"):
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-8)
+    for name in ("student_optimizer", "discriminator_optimizer"):
+        steps = [state["step"].item() for state in after[name]["adam"]["state"].values()]
+        assert steps == [61] * len(steps)
+    momentum = [load(out / "ckpt.pt")["student_optimizer"]["muon"]["state"][0]["momentum"]
+                for out in (tiny_run.out, copied_run)]
+    assert torch.cosine_similarity(*[each.flatten() for each in momentum], 0) > 0.5
+    assert scope.crop_pool.filled == 8 and scope.replay_buffer.filled == 4  # they are filled again
+
+
+def test_a_resumed_run_reads_other_crops(tmp_path):
+    flags = *TINY, f"--out_dir={tmp_path}"
+    first = train(*flags, "--max_iters=1").crop_pool.images[:8]
+    second = train(*flags, "--max_iters=2", "--init_from=resume").crop_pool.images[:8]
+    assert not any(torch.equal(a, b) for a in first for b in second)
+
+
+@pytest.mark.parametrize("place, name, number", [
+    (Teacher, "encode", signal.SIGINT), (Log, "add", signal.SIGTERM), (Log, "report", signal.SIGINT),
+    (Evaluator, "evaluate", signal.SIGINT), (checkpoint, "save_file", signal.SIGTERM)])
+def test_whenever_ctrl_c_comes_what_is_saved_was_reported(place, name, number, tmp_path, monkeypatch, capfd):
+    function, calls = getattr(place, name), []
+
+    def with_signal(*arguments, **named):
+        calls.append(name)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_DFL  # once more would end the run at once
+        return function(*arguments, **named)
+    monkeypatch.setattr(place, name, with_signal)
+    scope = train(*TINY, "--log_interval=2", "--eval_interval=3", "--max_iters=50", f"--out_dir={tmp_path}")
+    assert load(tmp_path / "ckpt.pt")["step"] == scope.step == losses(tmp_path)[-1]["step"] < 12
+    output, errors = capfd.readouterr()
+    assert "stopping after this step" in errors and f"stopped and saved at step {scope.step}" in output
+
+
+def test_a_run_that_is_killed_loses_only_the_steps_since_the_last_save(tmp_path):
+    log = tmp_path / "log.jsonl"
+    process = start("train.py", *TINY, "--max_iters=100000", "--eval_interval=4", f"--out_dir={tmp_path}")
+    while process.poll() is None and not (log.exists() and log.read_text().count('"data_wait"') >= 10):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done, saved = losses(tmp_path)[-1]["step"], load(tmp_path / "ckpt.pt")["step"]
+    assert saved in (done - done % 4, done - done % 4 - 4)  # the latter if it was killed while it saved
+    scope = train("--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={saved + 1}")
+    assert scope.step == saved + 1 and losses(tmp_path)[-1]["step"] == saved + 1
+
+
+def test_numbers_that_are_not_finite_stop_the_run(copied_run):
+    before = (copied_run / "ckpt.pt").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        train(f"--out_dir={copied_run}", "--init_from=resume", "--max_iters=70", "--log_interval=5",
+              "--learning_rate=1e30", "--cooldown=0")
+    assert re.match(r"error: step 6[123]: [a-z_]+ is not finite.*--init_from=resume", stopped.value.code)
+    assert (copied_run / "ckpt.pt").read_bytes() == before
+
+
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(RuntimeError) as on_cpu:
+        train(*TINY, "--replay_size=1e12", f"--out_dir={tmp_path}")
+    monkeypatch.setattr(sys, "excepthook", None)
+    device.explain_out_of_memory({"batch_size": 16, "crop": 96, "window": 256, "replay_size": 8, "out_dir": "out"})
+    for error in (on_cpu.value, torch.OutOfMemoryError("tried to allocate"), MemoryError()):
+        sys.excepthook(type(error), error, None)
+        line = capsys.readouterr().err
+        assert line.startswith("error: out of memory: a smaller --batch_size (16), --crop (96)")
+        assert line.count("\n") == 1
+    sys.excepthook(RuntimeError, RuntimeError("something else"), None)
+    assert "RuntimeError: something else" in capsys.readouterr().err
+
+
+# one half alone
+
+def test_the_encoder_alone(tmp_path, capsys):
+    train(*TINY, "--max_iters=2", "--train_decoder=false", f"--out_dir={tmp_path}")
+    assert (tmp_path / "taesd_encoder.pth").exists()
+    assert not (tmp_path / "taesd_decoder.pth").exists() and not (tmp_path / "diffusers").exists()
+    assert losses(tmp_path)[-1].keys() & {"encoder", "encoder_feature", "mse", "adversarial"} == {"encoder"}
+    script("sample.py", f"--out_dir={tmp_path}", "--device=cpu")
+    table = capsys.readouterr().out.split("PSNR")[1]
+    assert "our encoder, teacher's decoder" in table and "our decoder" not in table
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+@pytest.mark.parametrize("frozen", ["encoder", "decoder"])
+def test_a_frozen_half_is_exported_as_it_was(frozen, resumed, tiny_run, copied_run, tmp_path):
+    """The encoder goes on learning through a frozen decoder."""
+    out = copied_run if resumed else tmp_path / "out"
+    start = ["--init_from=resume"] if resumed else [tiny_run.out / "settings.py", f"--init_from={tiny_run.out}"]
+    train(*start, f"--train_{frozen}=false", f"--max_iters={62 if resumed else 2}", f"--out_dir={out}")
+    names = losses(out)[-1].keys() & {"encoder", "encoder_feature", "mse"}
+    assert names == ({"mse"} if frozen == "encoder" else {"encoder", "encoder_feature"})
+    for half in ("encoder", "decoder"):
+        before, after = load(tiny_run.out / f"taesd_{half}.pth"), load(out / f"taesd_{half}.pth")
+        unchanged = all(torch.equal(before[name], after[name]) for name in before)
+        assert before.keys() == after.keys() and unchanged == (half == frozen)
+
+
+# what users change in their copy of train.py or model.py
+
+class PatchDiscriminator(nn.Module):
+    def __init__(self, latent_channels):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 8, stride=8), nn.Conv2d(8 + latent_channels, 1, 3, padding=1)
+
+    def forward(self, image, latent):
+        activations = self.first(image).relu()
+        return self.last(torch.cat([activations, latent], 1)).float(), [activations]
+
+
+def test_a_discriminator_of_the_users_own(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "Discriminator", PatchDiscriminator)
+        train(*TINY, "--max_iters=2", f"--out_dir={tmp_path / 'own'}")
+        train("--init_from=resume", "--max_iters=3", f"--out_dir={tmp_path / 'own'}")
+    assert {"adversarial", "feature_matching", "discriminator"} <= losses(tmp_path / "own")[-1].keys()
+    script("sample.py", f"--out_dir={tmp_path / 'own'}", "--device=cpu")
+    train(tmp_path / "own" / "settings.py", f"--init_from={tmp_path / 'own'}", f"--out_dir={tmp_path / 'ours'}")
+    assert "blocks.0.weight" in load(tmp_path / "ours" / "ckpt.pt")["discriminator"]  # which starts afresh
