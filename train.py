@@ -110,7 +110,7 @@ autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 # colours suffer. In D it trains the hidden convolutions. Adam trains the rest (its settings: taesd issue 11).
 convs = conv_weights(encoder) + conv_weights(decoder)
 student_optimizer = make_optimizer(optimizer, [encoder, decoder], convs, dtype, betas=(0.9, 0.9), amsgrad=True)
-hidden = [weight for weight in conv_weights(discriminator)[1:] if weight.shape[-1] > 1]  # not the 1x1 ones
+hidden = [weight for weight in conv_weights(discriminator)[1:] if weight.shape[-1] > 1]  # 1x1 ones give scores
 discriminator_optimizer = make_optimizer(optimizer, [discriminator], hidden, dtype, betas=(0.5, 0.99))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 parts = {**networks, "student_optimizer": student_optimizer, "discriminator_optimizer": discriminator_optimizer,
@@ -231,7 +231,7 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
     """Returns {name: loss}, the fakes and their latents. Every loss in the dictionary is logged under its name."""
     losses, rescaled, fake = {}, {}, latent  # rescaled: replaces losses in the backward pass, but not in the log
 
-    # The encoder copies the teacher's latents. Our decoder's first layers, if trained or loaded, should see no difference.
+    # The encoder copies the teacher's latents. Our decoder's first layers (if it is no noise) should see no difference.
     if train_encoder:
         with autocast:
             student_latent = encoder(real).float()
@@ -297,7 +297,7 @@ while True:
         if not interrupted:
             log.evaluate(step, images_seen, ema_encoder, ema_decoder, decoder, autocast)
         checkpoint = {"step": step, "images_seen": images_seen, "shape": shape, "settings": settings,
-                      "exportable": exportable, "teacher": str(vae), "metrics": log.metrics}
+                      "exportable": exportable, "teacher": str(vae), "metrics": {} if interrupted else log.metrics}
         save_checkpoint(checkpoint | {name: part.state_dict() for name, part in parts.items()}, networks, out_dir)
         log.draw_curves()
     if last:

@@ -133,9 +133,10 @@ def load_weights(checkpoint, parts, vae, images, settings, autocast):
         parts[f"ema_{half}"].load_state_dict(network.state_dict())
     if known:
         state, fresh = checkpoint.get("discriminator", {}), parts["discriminator"].state_dict()
-        if {name: w.shape for name, w in state.items()} == {name: w.shape for name, w in fresh.items()}:
-            parts["discriminator"].load_state_dict(state)  # a fork may have changed its discriminator
-        print(f"weights   {settings['init_from']}; the optimizers start afresh")
+        fits = {name: w.shape for name, w in state.items()} == {name: w.shape for name, w in fresh.items()}
+        if fits:  # weights files have no discriminator, and a fork may have changed its own
+            parts["discriminator"].load_state_dict(state)
+        print(f"weights   {settings['init_from']}; the optimizers{'' if fits else ' and D'} start afresh")
         if settings["learning_rate"] > FINE_TUNING_RATE:
             print(f"note      a learning_rate of {settings['learning_rate']:g} is for training from scratch and can "
                   f"spoil these weights; --learning_rate=1e-4 is usual for fine-tuning")

@@ -32,7 +32,7 @@ def configure(settings, arguments=None):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback
     with open(settings["__file__"], encoding="utf-8") as file:
         source = file.read().split("configure(globals())")[0].split("# ---", 1)[-1]  # from the first rule to the call
-    comments = dict(re.findall(r"^([a-z]\w*) *= .*?# *(.+)$", source, re.MULTILINE))
+    comments = dict(re.findall(r"^([a-z]\w*)(?:: *\w+)? *=.*?(?:# *(.+))?$", source, re.MULTILINE))
     defaults = {name: settings[name] for name in comments if type(settings.get(name)) in RULES}
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [settings.py ...] [--name=value ...]", description=settings.get("__doc__"),
@@ -98,7 +98,8 @@ def fail_unknown(where, name, names):
     if name in RENAMED:
         fail(f"{where}{name} is now called {RENAMED[name]}")
     near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-    fail(f"unknown setting {where}{name}: did you mean {near}? --help lists every setting")
+    helper = "" if where == "--" else "; in a file, the names of other values begin with _"
+    fail(f"unknown setting {where}{name}: did you mean {near}? --help lists every setting{helper}")
 
 
 def require_positive(settings, *names):

@@ -4,6 +4,7 @@ import datetime
 import os
 import sys
 import traceback
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -133,30 +134,27 @@ def cuda_graphed(device, compile, scaler):
 
 
 class CudaGraphed:
-    """A function of tensors, numbers and None that changes weights in place. Its Python code only runs in the first
-    calls for each shape of its arguments, so branches and the CPU's random numbers stay as they were when it was
-    recorded. It must not ask for the value of a tensor. The next call overwrites what it returns."""
+    """A function of tensors, numbers and None that changes weights in place. It is recorded once for each combination
+    of shapes and None. Its Python code only runs in the calls before that, so branches and the CPU's random numbers
+    stay as they were. It must not ask for the value of a tensor. The next call overwrites what it returns."""
     def __init__(self, function):
-        self.function, self.stream = function, torch.cuda.Stream()
-        self.shapes = self.graph = self.inputs = self.outputs = None
+        self.function, self.stream, self.recordings = function, torch.cuda.Stream(), {}
 
     def __call__(self, *inputs):
-        shapes = [x.shape if torch.is_tensor(x) else x is None for x in inputs]
-        if shapes != self.shapes:  # the first call, or the discriminator begins later
-            self.shapes, self.calls = shapes, 0
-            self.graph = self.inputs = self.outputs = None
-        self.calls += 1
-        if self.calls <= WARM_UP:
+        shapes = tuple(x.shape if torch.is_tensor(x) else x is None for x in inputs)
+        recording = self.recordings.setdefault(shapes, SimpleNamespace(calls=0, graph=None))
+        recording.calls += 1
+        if recording.calls <= WARM_UP:
             return self.call(inputs)
-        if self.graph is None:
-            self.record(inputs)
-        for place, x in zip(self.inputs, inputs):
+        if recording.graph is None:
+            self.record(recording, inputs)
+        for place, x in zip(recording.inputs, inputs):
             if torch.is_tensor(x):
                 place.copy_(x)
             elif x is not None:
                 place.fill_(x)
-        self.graph.replay()
-        return self.outputs
+        recording.graph.replay()
+        return recording.outputs
 
     def call(self, inputs):
         """Call it on the stream on which it will be recorded, because autograd keeps the stream of each weight."""
@@ -166,14 +164,14 @@ class CudaGraphed:
         torch.cuda.current_stream().wait_stream(self.stream)
         return outputs
 
-    def record(self, inputs):
+    def record(self, recording, inputs):
         """Record the kernels without running them. Numbers become tensors, which later calls fill."""
-        self.inputs = [x.clone() if torch.is_tensor(x) else x if x is None else torch.zeros((), device=inputs[0].device)
-                       for x in inputs]
-        self.graph = torch.cuda.CUDAGraph()
+        number = torch.zeros((), device=inputs[0].device)
+        recording.inputs = [x.clone() if torch.is_tensor(x) else x if x is None else number.clone() for x in inputs]
+        recording.graph = torch.cuda.CUDAGraph()
         try:  # thread_local: the threads that read images go on pinning memory
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.outputs = self.function(*self.inputs)
+            with torch.cuda.graph(recording.graph, stream=self.stream, capture_error_mode="thread_local"):
+                recording.outputs = self.function(*recording.inputs)
         except Exception as error:
             cause = error.__context__ or error  # to end a recording that has failed raises an error, too
             if isinstance(cause, torch.OutOfMemoryError):
@@ -181,4 +179,4 @@ class CudaGraphed:
             ours = [frame for frame in traceback.extract_tb(cause.__traceback__) if "-packages" not in frame.filename]
             fail(f"{ours[-1].filename}:{ours[-1].lineno}: cannot be recorded as a CUDA graph, in which nothing may ask "
                  f"for a tensor's value ({one_line(cause, 200)}); --compile=false runs it as it is")
-        print("machine   a step is recorded as a CUDA graph; from here on its Python code does not run", flush=True)
+        print("machine   a step is recorded as a CUDA graph", flush=True)

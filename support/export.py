@@ -104,7 +104,7 @@ tags: [taesd, tiny-autoencoder]
 ---
 # Tiny autoencoder for {teacher}
 
-A {" and a ".join(halves)} with {shape["latent_channels"]} latent channels, factor {shape["factor"]}, width
+{" and ".join(halves).capitalize()} with {shape["latent_channels"]} latent channels, factor {shape["factor"]}, width
 {shape["width"]}, variant {shape["variant"]}. Images are in [0,1] (for diffusers in [-1,1]). Latents are those of the
 teacher after its own scaling, as its pipeline does it, and have about zero mean and unit variance.
 

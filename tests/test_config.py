@@ -26,12 +26,6 @@ def test_flags_override_recipes_and_recipes_override_defaults(settings, tmp_path
     assert settings["other"] == 1
 
 
-@pytest.mark.parametrize("flag, fast", [("--fast", True), ("--fast=true", True), ("--fast=no", False)])
-def test_a_switch_needs_no_value(flag, fast, settings):
-    assert configure(settings, [flag, "--rate=1"])["fast"] is fast
-    assert settings["rate"] == 1.0
-
-
 @pytest.mark.parametrize("old, new", RENAMED.items())
 def test_the_old_name_of_a_setting_gives_the_new_one(old, new, tmp_path):
     (tmp_path / "old.py").write_text(f"{old} = 1.0\n")

@@ -81,12 +81,6 @@ def test_links_are_followed_once_and_no_held_out_file_is_trained_on_through_a_li
     assert len(images.val) == 1 and images.train == paths[1:]
 
 
-def test_some_of_the_bundled_photographs_are_held_out():
-    images = data.Images()
-    assert len(images.train) == 24 and len(images.val) == 6 and not set(images.train) & set(images.val)
-    assert images.held_out(8, 32).shape == (6, 3, 32, 32)
-
-
 # kinds of files
 
 def saved(image, format="PNG", **options):
@@ -162,14 +156,6 @@ def test_a_folder_of_all_kinds_of_files_can_be_trained_on(tiny_run, tmp_path, ca
     reported = re.findall("^skipped (.*?):", errors, re.MULTILINE)
     assert len(reported) == len(set(reported)) > 5 and names(reported) <= broken
     assert "folder.jpg" not in output + errors and records(tmp_path / "out")[-1]["step"] == 16
-
-
-def test_an_even_held_out_image_stops_no_run(tiny_run, tmp_path):
-    Image.new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "even.png")
-    train(*TINY, f"--data_dir={tiny_run.folder}", f"--val_dir={tmp_path / 'even.png'}", "--max_iters=1",
-          f"--out_dir={tmp_path / 'out'}")
-    assert all(np.isfinite(value) for value in records(tmp_path / "out")[-1].values())
-    assert (tmp_path / "out" / "ckpt.pt").exists()
 
 
 def test_small_images_are_mirrored_at_their_edges():

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from conftest import TINY, load, records, run, start, train
-from support import checks
 from test_smoke import HERE
 
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
@@ -72,9 +71,3 @@ def test_two_processes_stop_together(tmp_path):
     output, errors = process.communicate()
     assert "stopped and saved at step" in output and errors.count("stopping after this step") == 2, errors
     assert load(tmp_path / "out" / "ckpt.pt")["step"] == records(tmp_path / "out")[-1]["step"]
-
-
-def test_a_batch_is_shared_evenly(two, monkeypatch):
-    monkeypatch.setattr(checks, "RANKS", 3)
-    with pytest.raises(SystemExit, match="--batch_size=4: must be a multiple of 3, the processes"):
-        checks.check_settings(records(two[0])[0]["settings"])

@@ -1,11 +1,9 @@
 """CUDA graphs and torch.compile. Where there is no GPU, a stand-in takes the place of CUDA."""
 import contextlib
-import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import TINY, records, train
@@ -49,9 +47,10 @@ def test_a_step_is_recorded_after_the_warm_up_and_again_for_other_shapes(cuda):
         image, rate = calls[-1]
         assert image.tolist() == [n, n] and rate == pytest.approx(0.1 * n)
     assert cuda.recorded == 1 and len(cuda.replays) == 3
-    for _ in range(WARM_UP + 1):
+    for _ in range(WARM_UP + 1):  # two kinds of calls in turns have a recording each
         graphed(torch.ones(2), 0.5, torch.ones(1))
-    assert cuda.recorded == 2 and len(cuda.replays) == 4 and len(calls) == 2 * (WARM_UP + 1)
+        graphed(torch.ones(2), 0.5)
+    assert cuda.recorded == 2 and len(cuda.replays) == 3 + 1 + 6 and len(calls) == 2 * (WARM_UP + 1)
 
 
 @pytest.mark.parametrize("error, ending, words", [
@@ -59,9 +58,10 @@ def test_a_step_is_recorded_after_the_warm_up_and_again_for_other_shapes(cuda):
     (torch.OutOfMemoryError("tried to allocate"), torch.OutOfMemoryError, "tried to allocate")])
 def test_an_error_while_recording_is_one_line_that_names_the_place(error, ending, words, cuda):
     def function(x):
-        if graphed.calls > WARM_UP:
+        if len(calls) == WARM_UP:
             raise error
-    graphed, cuda.fails = CudaGraphed(function), True
+        calls.append(x)
+    graphed, calls, cuda.fails = CudaGraphed(function), [], True
     for _ in range(WARM_UP):
         graphed(torch.ones(1))
     with pytest.raises(ending, match=words):
@@ -111,7 +111,8 @@ def test_a_recorded_step_computes_the_same(flags, tmp_path, monkeypatch):
         out = tmp_path / compile
         train(*TINY[1:], *flags, "--dtype=float32", "--max_iters=15", f"--compile={compile}", f"--out_dir={out}")
         scope = train("--init_from=resume", "--max_iters=25", f"--out_dir={out}")
-        assert (getattr(scope.train_step, "graph", None) is not None) == (compile == "auto")
+        recordings = getattr(scope.train_step, "recordings", {}).values()
+        assert any(recording.graph for recording in recordings) == (compile == "auto")
     assert_same_losses(tmp_path / "auto", tmp_path / "false", 0.02)
 
 
@@ -125,17 +126,3 @@ def test_without_a_compiler_networks_are_not_compiled(error, works, monkeypatch,
     assert device.pick_compile("auto", torch.device("cuda")) == works
     assert capsys.readouterr().out.count("\n") == (not works)
     assert not device.pick_compile("auto", torch.device("cpu")) and device.pick_compile("true", torch.device("cpu"))
-
-
-def test_each_network_is_compiled_once_for_each_use(tmp_path, monkeypatch):
-    """What torch.compile traces, without the minutes that its C++ compiler takes."""
-    counter, flags = CompileCounterWithBackend("aot_eager"), [*TINY, "--dtype=float32", "--max_iters=3"]
-    train(*flags, f"--out_dir={tmp_path / 'eager'}")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    torch._dynamo.reset()
-    with torch._functorch.config.patch(donated_buffer=True):  # is restored afterwards
-        train(*flags, "--compile=true", f"--out_dir={tmp_path / 'compiled'}")
-    assert_same_losses(tmp_path / "compiled", tmp_path / "eager", 1e-3)
-    # encoder, decoder, teacher; D with a gradient of its weights, of the fake, and without any; the decoder's first
-    # layers with a gradient of the student's latents, and without
-    assert counter.frame_count == 8

@@ -12,7 +12,6 @@ from conftest import evaluations, script
 from data import Images
 from support import latent_rgb
 from support.checkpoint import build_student, load_student
-from support.compare import whole_picture
 from teacher import Teacher
 
 
@@ -118,13 +117,3 @@ def test_whole_pictures(copied_run, tmp_path, capsys):
     parts = [picture.crop((left, 20, left + 72, 60)).tobytes() for left in (0, 72, 144)]
     assert picture.size == (3 * 72, 40 + 20) and parts[0] == original.crop((1, 2, 73, 42)).tobytes()
     assert len(whole) == len(set(parts)) == 3
-
-
-def test_a_whole_picture_that_is_turned_transparent_or_large(tmp_path):
-    picture, exif = Image.new("RGBA", (40, 72)), Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    picture.save(tmp_path / "turned.png", exif=exif)
-    found = whole_picture(str(tmp_path / "turned.png"), 16)
-    assert found.shape == (32, 64, 3) and (found == 255).all()  # transparent pixels become white
-    Image.new("L", (5000, 100)).save(tmp_path / "long.png")
-    assert whole_picture(str(tmp_path / "long.png"), 8).shape == (40, 2048, 3)

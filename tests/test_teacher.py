@@ -6,12 +6,10 @@ import pytest
 import safetensors.torch
 import torch
 
-import sample
 from conftest import plain_taesd
-from data import Images
 from support.files import load_halves
 from teacher import Teacher
-from test_smoke import HERE, TINY, records, script, train
+from test_smoke import TINY, train
 
 
 def kl(depth, width=8, **config):
@@ -161,30 +159,3 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32(overflows, dtype, tmp_
     torch.save({"state_dict": original_layout(vae)}, file)
     assert Teacher(tmp_path, dtype=torch.float16).dtype == dtype  # the folder of a whole pipeline works, too
     assert Teacher(f"{file}::{tmp_path / 'vae'}", dtype=torch.float16).dtype == dtype
-
-
-def test_the_toy_teacher_draws_recognisable_pictures():
-    teacher, photos = Teacher("toy"), Images().held_out(8, 128) / 255
-    latents = teacher.encode(photos)
-    assert latents.std() == pytest.approx(1, abs=0.15) and latents.mean().abs() < 0.3
-    assert sample.psnr(teacher.decode(latents), photos).mean() > 19
-
-
-def test_a_look_at_a_teacher_prints_its_scale_and_its_latents_statistics(tmp_path, capsys):
-    script("sample.py", "--teacher=toy", "--device=cpu", "--count=3", "--size=64", f"--out_dir={tmp_path}")
-    output = capsys.readouterr().out
-    assert "AutoencoderKL, 358,951 parameters, factor 8, 4 channels, scaling factor 0.63889, shift 0" in output
-    latents = Teacher("toy").encode(Images().held_out(3, 64) / 255)
-    for name in ("mean", "std"):
-        line, = (line for line in output.splitlines() if line.startswith(name))
-        expected = getattr(latents, name)((0, 2, 3)).tolist()
-        assert [float(value) for value in line.split()[1:]] == pytest.approx(expected, abs=0.006)
-
-
-def test_a_teacher_of_the_size_of_sdxls_trains(tmp_path, capsys):
-    vae = kl(4, layers_per_block=2, block_out_channels=(128, 256, 512, 512), norm_num_groups=32, scaling_factor=0.13025)
-    vae.save_pretrained(tmp_path / "sdxl")
-    train(*TINY, f"--teacher={tmp_path / 'sdxl'}", "--window=32", "--batch_size=2", "--max_iters=1", "--eval_images=1",
-          "--eval_size=32", f"--out_dir={tmp_path / 'out'}")
-    assert "83,653,863 parameters, factor 8, 4 channels, scaling factor 0.13025" in capsys.readouterr().out
-    assert records(tmp_path / "out")[-1]["images_seen"] == 2

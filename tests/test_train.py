@@ -7,9 +7,7 @@ import time
 
 import pytest
 import torch
-import torch.nn as nn
 
-import model
 from conftest import TINY, load, records, script, start, train
 from sample import Evaluator
 from support import checkpoint, device
@@ -32,26 +30,16 @@ def test_the_learning_rates_fall_over_the_last_steps(cooldown, expected, stepped
     assert [stepped.after.get_lr_scale(step) for step in (0, 50, 80, 90, 99)] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("flags, side, n, reads_per_step", [
-    (["--window=0", "--echo=2"], 32, 3, 1), (["--window=0", "--echo=1"], 32, 6, 1), (["--window=95"], 64, 1, 3 / 4),
-    (["--window=16", "--echo=6"], 32, 1, 1), (["--window=96", "--echo=3"], 96, 1, 2 / 9)])
-def test_each_crop_is_used_as_often_as_echo_says(flags, side, n, reads_per_step, tmp_path):
-    """With six crops a step. side: of a window in pixels; n: windows that are read at once."""
-    scope = train(*TINY, *flags, "--batch_size=6", "--max_iters=1", f"--out_dir={tmp_path / 'out'}")
-    windows, read = torch.zeros(n, 3, side, side, dtype=torch.uint8), []
-    scope.loader = iter(lambda: read.append(1) or windows, None)
-    while scope.crop_pool.filled < len(scope.crop_pool.images):
-        scope.get_batch()
-    scope.crops_due, read[:] = 0.0, []
-    for _ in range(36):
-        scope.get_batch()
-    assert len(read) == 36 * reads_per_step
-
-
 def test_the_discriminator_takes_part_from_adversarial_start(tmp_path):
     train(*TINY, "--max_iters=4", "--adversarial_start=2", f"--out_dir={tmp_path}")
     assert ["discriminator" in line for line in losses(tmp_path)] == [False, False, True, True]
     assert all("mse" in line for line in losses(tmp_path))
+
+
+def test_without_a_half_life_the_newest_weights_are_exported(tmp_path):
+    networks = train(*TINY, "--max_iters=2", "--ema_halflife=0", f"--out_dir={tmp_path}").networks
+    for half in ("encoder", "decoder"):
+        torch.testing.assert_close(networks[f"ema_{half}"].state_dict(), networks[half].state_dict(), rtol=0, atol=0)
 
 
 # stopping, and going on
@@ -160,26 +148,3 @@ def test_a_frozen_half_is_exported_as_it_was(frozen, resumed, tiny_run, copied_r
         before, after = load(tiny_run.out / f"taesd_{half}.pth"), load(out / f"taesd_{half}.pth")
         unchanged = all(torch.equal(before[name], after[name]) for name in before)
         assert before.keys() == after.keys() and unchanged == (half == frozen)
-
-
-# what users change in their copy of train.py or model.py
-
-class PatchDiscriminator(nn.Module):
-    def __init__(self, latent_channels):
-        super().__init__()
-        self.first, self.last = nn.Conv2d(3, 8, 8, stride=8), nn.Conv2d(8 + latent_channels, 1, 3, padding=1)
-
-    def forward(self, image, latent):
-        activations = self.first(image).relu()
-        return self.last(torch.cat([activations, latent], 1)).float(), [activations]
-
-
-def test_a_discriminator_of_the_users_own(tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "Discriminator", PatchDiscriminator)
-        train(*TINY, "--max_iters=2", f"--out_dir={tmp_path / 'own'}")
-        train("--init_from=resume", "--max_iters=3", f"--out_dir={tmp_path / 'own'}")
-    assert {"adversarial", "feature_matching", "discriminator"} <= losses(tmp_path / "own")[-1].keys()
-    script("sample.py", f"--out_dir={tmp_path / 'own'}", "--device=cpu")
-    train(tmp_path / "own" / "settings.py", f"--init_from={tmp_path / 'own'}", f"--out_dir={tmp_path / 'ours'}")
-    assert "blocks.0.weight" in load(tmp_path / "ours" / "ckpt.pt")["discriminator"]  # which starts afresh
