@@ -10,7 +10,7 @@ import sample
 from conftest import (DATA, TINY, evaluations, load, needs_data, plain_taesd, real_images, records, script, students,
                       train)
 from support import export
-from support.checkpoint import build_student, load_checkpoint, load_student, save_checkpoint
+from support.checkpoint import load_checkpoint, load_student, save_checkpoint
 from support.files import load_halves
 from teacher import Teacher
 
