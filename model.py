@@ -193,7 +193,7 @@ def make_optimizer(kind, modules, muon_weights, dtype, **adam):
     others = [weight for module in modules for weight in module.parameters() if id(weight) not in by_muon]
     fused = others[0].device.type != "mps"
     if kind == "adamw":
-        return CombinedOptimizer(adam=torch.optim.AdamW(others, betas=(0.9, 0.99), fused=fused))
+        return CombinedOptimizer(adamw=torch.optim.AdamW(others, betas=(0.9, 0.99), fused=fused))
     optimizers = {"adam": torch.optim.Adam(others, fused=fused, **adam)}
     if by_muon:
         optimizers["muon"] = Muon(muon_weights, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)

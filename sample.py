@@ -180,7 +180,7 @@ def main():
         return draw_whole(vae, students, pictures, count, os.path.join(samples, "whole"), save_picture)
     sides = [settings["eval_size"]] if checkpoint and not images else [int(side) for side in size.split(",")]
     for side in sides:
-        vae.check_sides(size=side)
+        vae.check_fit(size=side)
     print(f"{out_dir}: step {checkpoint['step']}, teacher {settings['teacher']}" if checkpoint else
           f"teacher {teacher}: {vae}")
     stem = os.path.join(samples, "look" if teacher else "sample")  # a look at a teacher leaves the run's picture alone

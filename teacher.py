@@ -91,9 +91,11 @@ class Teacher:
         return (f"{self.class_name}, {self.parameters:,} parameters, factor {self.factor}, {self.latent_channels} "
                 f"channels, {scale}")
 
-    def check_sides(self, **settings):
-        """Fail unless each setting, in pixels, can be the side of an image for this teacher."""
-        for name, side in settings.items():
+    def check_fit(self, variant="plain", **sides):
+        """Fail unless a student of this variant, and images with these sides in pixels, suit this teacher."""
+        if variant == "f32" and self.factor != 32:
+            fail(f"--variant=f32: is for factor 32, the teacher's is {self.factor}; --variant=plain suits any")
+        for name, side in sides.items():
             if side < 16 or side % self.multiple:
                 fail(f"--{name}={side}: must be 16 or more and a multiple of {self.multiple} for this teacher")
 

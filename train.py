@@ -30,7 +30,6 @@ from teacher import Teacher
 
 # -----------------------------------------------------------------------------
 # Settings. Each line `name = default  # help` is a flag, --name=value, and can be set in a recipe.
-# run
 out_dir = "out"              # checkpoints, weights, pictures, settings.py and log.jsonl are written to this folder
 init_from = "scratch"        # scratch; resume; donor (bundled, made for another VAE); a run, a weights file or a folder
 max_iters = 300_000          # steps; seraena's example trains about this many at 96 pixels; 0 = only export the start
@@ -92,9 +91,9 @@ batch_size //= RANKS  # torchrun starts several processes, each with its share o
 # --- images, teacher, student, discriminator -------------------------------------------------------------------------
 images = Images(data_dir, val_dir)
 vae = Teacher(teacher, device, dtype)
-vae.check_sides(crop=crop, eval_size=eval_size)
 if variant == "auto":
     variant = settings["variant"] = checkpoint["shape"]["variant"] if checkpoint else vae.student_variant
+vae.check_fit(variant, crop=crop, eval_size=eval_size)
 shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": width, "variant": variant}
 torch.manual_seed(seed)
 encoder, decoder = Encoder(**shape).requires_grad_(train_encoder), Decoder(**shape).requires_grad_(train_decoder)
@@ -143,9 +142,10 @@ def adversarial_loss(real_scores, fake_scores):
 
 def feature_matching_loss(real_activations, fake_activations):
     """Every layer of D should see the same in a fake as in its real image (pix2pixHD). The L1 distance of each layer is
-    divided by the mean size of its activations, so that all layers count alike."""
-    pairs = list(zip(real_activations, fake_activations))
-    return sum(F.l1_loss(fake, real).float() / real.abs().mean() for real, fake in pairs) / len(pairs)
+    divided by the mean size of its activations, so that all layers count alike. NHWC is their order in memory."""
+    distances = [F.l1_loss(fake.movedim(1, 3), real.movedim(1, 3)).float() / real.abs().mean()
+                 for real, fake in zip(real_activations, fake_activations)]
+    return sum(distances) / len(distances)
 
 def lowres_mse(fake, real):
     """The mean colour of every 8x8 patch should be right. The adversarial loss alone would let colours drift."""

@@ -68,7 +68,7 @@ def convert(written, text, default):
             raise ValueError(text)
     except (ValueError, KeyError, OverflowError):
         fail(f"{written}: must be {RULES[kind]}, for example {default!r}")
-    if kind in (int, float) and not value >= 0:
+    if kind in (int, float) and not 0 <= value < float("inf"):
         fail(f"{written}: must be 0 or more")
     return kind(value)  # so that --max_iters=1e5 works, too
 

@@ -55,9 +55,8 @@ def test_a_resumed_run_goes_on_where_it_stopped(tiny_run, copied_run):
     for name in ("student_optimizer", "discriminator_optimizer"):
         steps = [state["step"].item() for state in after[name]["adam"]["state"].values()]
         assert steps == [61] * len(steps)
-    momentum = [load(out / "ckpt.pt")["student_optimizer"]["muon"]["state"][0]["momentum"]
-                for out in (tiny_run.out, copied_run)]
-    assert torch.cosine_similarity(*[each.flatten() for each in momentum], 0) > 0.5
+    old, new = (state["student_optimizer"]["muon"]["state"][0]["momentum"] for state in (before, after))
+    assert (new - 0.95 * old).norm() < 0.5 * old.norm()
     assert scope.crop_pool.filled == 8 and scope.replay_buffer.filled == 4  # they are filled again
 
 
@@ -77,6 +76,7 @@ def test_whenever_ctrl_c_comes_what_is_saved_was_reported(place, name, number, t
     def with_signal(*arguments, **named):
         calls.append(name)
         if len(calls) == 3:
+            assert callable(signal.getsignal(number))  # otherwise it would end all tests
             os.kill(os.getpid(), number)
             assert signal.getsignal(number) == signal.SIG_DFL  # once more would end the run at once
         return function(*arguments, **named)
