@@ -72,12 +72,11 @@ learning_rate = 1e-3         # of encoder and decoder; 1e-4 is usual for weights
 discriminator_lr = 1e-3      # of the discriminator
 cooldown = 0.5               # share of the steps, at the end, over which the learning rates fall to 0
 ema_halflife = 10_000        # half-life of the exported weight average, in images; 0 = no average
-# reports
+# reports and machine
 log_interval = 50            # steps between lines in log.jsonl and on the console
 eval_interval = 1000         # steps between evaluations; each writes a picture, a checkpoint and the weights
 eval_images = 16             # number of held-out images
 eval_size = 256              # side of the held-out images in pixels
-# system
 device = "auto"              # auto, cuda, mps or cpu
 dtype = "auto"               # of teacher and autocast: auto, float32, bfloat16 or float16; weights stay float32
 compile = "auto"             # auto, true or false: torch.compile and, on a GPU, a CUDA graph of the step
@@ -220,8 +219,9 @@ if compile:
     compile_networks([encoder, decoder, discriminator, decoder_features], vae, adversarial_scaling)
 loader = log.waiting_for(batches(images, tiles_per_side * crop, windows, color_augment, seed + step, workers,
                                  pin=device.type == "cuda"))
-averaged_weights = [*ema_encoder.parameters(), *ema_decoder.parameters()]
-raw_weights = [weight.detach() for weight in (*encoder.parameters(), *decoder.parameters())]
+trained = [name for name in ("encoder", "decoder") if settings[f"train_{name}"]]  # the other one stays as it was
+averaged_weights = [weight for name in trained for weight in networks[f"ema_{name}"].parameters()]
+raw_weights = [weight.detach() for name in trained for weight in networks[name].parameters()]
 
 # --- one training step -----------------------------------------------------------------------------------------------
 # On a GPU it is recorded as a CUDA graph: its Python code runs in the first few calls only, so anything that changes
@@ -256,7 +256,8 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
         # The discriminator learns first. Half of its fakes are from the replay buffer, so that it keeps recognising
         # mistakes that the decoder has stopped making, and the two do not chase each other in circles.
         n = len(old_fakes)  # half a batch, but none in the first step
-        d_fakes, d_latents = torch.cat([old_fakes, fake.detach()[n:]]), torch.cat([old_latents, latent[n:]])
+        d_fakes, d_latents = fake.detach().clone(), latent.clone()
+        d_fakes[:n], d_latents[:n] = old_fakes, old_latents
         with autocast:
             real_scores, _ = discriminator(real, latent)
             fake_scores, _ = discriminator(d_fakes, d_latents)
@@ -291,9 +292,8 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
 # --- the loop --------------------------------------------------------------------------------------------------------
 first_step, interrupted = step, False
 while True:
-    last = step == max_iters or interrupted
-    has_news = step > first_step or init_from not in ("scratch", "resume")  # new weights, trained or just loaded
-    if has_news and (last or step % eval_interval == 0):
+    last = step == max_iters or interrupted  # weights that a run starts from are measured, too
+    if (last or step % eval_interval == 0) and (step > first_step or init_from not in ("scratch", "resume")):
         if not interrupted:
             log.evaluate(step, images_seen, ema_encoder, ema_decoder, decoder, autocast)
         checkpoint = {"step": step, "images_seen": images_seen, "shape": shape, "settings": settings,
