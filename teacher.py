@@ -19,6 +19,7 @@ NAMES = {
     "sd-mse": "stabilityai/sd-vae-ft-mse",
     "sdxl": "madebyollin/sdxl-vae-fp16-fix",  # the original VAE overflows in float16
 }
+CONFIGS = {name: NAMES["toy"].replace("toy_vae", f"vae_configs/{name}") for name in ("sd", "sdxl", "sd3", "flux1")}
 VARIANTS = {  # class of diffusers: variant of its student
     "AutoencoderKL": "plain", "AutoencoderKLFlux2": "midblock_gn", "AutoencoderDC": "f32",
     "AutoencoderKLQwenImage": "plain", "AutoencoderKLWan": "plain", "AutoencoderTiny": "plain"}
@@ -28,8 +29,8 @@ class Teacher:
     """A frozen VAE behind one convention: images [N,3,H,W] in [0,1], latents of about zero mean and unit variance.
 
     name: `toy`, `sd`, `sd-mse` or `sdxl`; a diffusers folder; a hub id, `owner/repo` or `owner/repo::subfolder`; a file
-    in the original layout, `vae.safetensors` or `vae.ckpt` (`vae.ckpt::folder` names a folder with its config.json,
-    otherwise diffusers looks it up on the hub); or `path/taef2_encoder.pth` of a taesd.py pair, its decoder beside it.
+    in the original layout with its configuration, `vae.safetensors::sdxl` (sd, sdxl, sd3, flux1) or `vae.ckpt::folder`
+    of a config.json; or `path/taef2_encoder.pth` of a taesd.py pair, with its decoder beside it.
 
     Attributes: `latent_channels`; `factor`, the pixels per latent along a side; `multiple`, of which the sides of all
     images must be multiples; `mean` and `std` of the raw latents, numbers or [1,C,1,1], read from the VAE's own files;
@@ -126,13 +127,16 @@ def load_autoencoder(name, dtype):
     """A VAE of diffusers, from one of NAMES, a folder (of the VAE or of a whole pipeline), a hub id, or a file in the
     original layout. A VAE whose config says that it overflows in float16 (force_upcast) is loaded in float32."""
     import diffusers  # takes seconds, so it is imported only where it is needed
-    written = f"--teacher={name}"
+    written, file = f"--teacher={name}", ""
     where, _, subfolder = NAMES.get(name, name).partition("::")
-    single_file = where.endswith((".safetensors", ".ckpt", ".sft"))
-    if single_file:
+    if where.endswith((".safetensors", ".ckpt", ".sft")):
         if not os.path.isfile(where):
             fail(f"{written}: no such file")
-    elif os.path.isdir(where):
+        if not subfolder:  # files of SD and SDXL, for example, differ in nothing but the scale of their latents
+            fail(f"{written}: a file does not say how its latents are scaled; add ::sd, ::sdxl, ::sd3 or ::flux1, or "
+                 f"::folder of the VAE's config.json")
+        file, where, subfolder = where, CONFIGS.get(subfolder, subfolder), ""  # `where` is that of the config
+    if os.path.isdir(where):
         if not subfolder and os.path.isfile(os.path.join(where, "vae", "config.json")):
             subfolder = "vae"  # a whole pipeline
         if not os.path.isfile(os.path.join(where, subfolder, "config.json")):
@@ -145,23 +149,19 @@ def load_autoencoder(name, dtype):
     else:
         download(written, where, f"{subfolder}/config.json".lstrip("/"))
     try:
-        if single_file:
-            vae = diffusers.AutoencoderKL.from_single_file(where, config=subfolder or None)
-            return vae if overflows(vae.config, dtype) else torch.nn.Module.to(vae, dtype)
         config = diffusers.AutoencoderKL.load_config(where, subfolder=subfolder or None)
         kind = config.get("_class_name")
-        if overflows(config, dtype):
+        if dtype == torch.float16 and config.get("force_upcast", True):
             dtype = torch.float32
+        if kind in VARIANTS and file:
+            vae = getattr(diffusers, kind).from_single_file(file, config=f"{where}/{subfolder}".rstrip("/"))
+            return torch.nn.Module.to(vae, dtype)
         if kind in VARIANTS:
             return getattr(diffusers, kind).from_pretrained(where, subfolder=subfolder or None, torch_dtype=dtype,
                                                             low_cpu_mem_usage=False)
     except Exception as error:  # weights are missing, cut off or do not fit; each library raises an error of its own
         fail(f"{written}: could not be loaded: {str(error)[:300]}")
     fail(f"{written}: its class is {kind}; supported are {', '.join(VARIANTS)} and taesd.py files")
-
-
-def overflows(config, dtype):
-    return dtype == torch.float16 and config.get("force_upcast", True)
 
 
 def is_hub_id(name):

@@ -74,6 +74,7 @@ MISTAKES = [  # (command, what the line must say)
     ("train.py --teacher=gone.safetensors", "no such file"),
     ("train.py --teacher={folder}/hostile/vae.ckpt::" + TOY, "vae.ckpt"),
     ("train.py --teacher={folder}/half.safetensors::" + TOY, "half.safetensors"),
+    ("train.py --teacher={folder}/half.safetensors", "add ::sd, ::sdxl, ::sd3 or ::flux1"),
     ("train.py --teacher={folder}/lone_encoder.pth", "its other half is missing"),
     # weights to start from
     ("train.py --init_from=toy", "a run's out_dir"),

@@ -101,17 +101,6 @@ def test_a_full_buffer_replaces_the_pairs_that_were_drawn_most_often(stepped, mo
     assert replaced.min() >= 1 and replaced.mean() == pytest.approx(2, abs=0.5)  # none is wasted
 
 
-@pytest.mark.parametrize("n", [4, 16, 48, 100])
-def test_a_buffer_fills_up_though_no_batch_fits(n, stepped, monkeypatch):
-    monkeypatch.setattr(stepped.after, "crop", 8)
-    buffer = stepped.after.Buffer(64)
-    buffer.add(*pairs(torch.full((48,), 1.0)))
-    buffer.add(*pairs(torch.full((n,), 2.0)))
-    assert buffer.filled == min(64, 48 + n)
-    numbers = buffer.latents[:buffer.filled, 0, 0, 0]
-    assert (numbers == 2).sum() == min(n, 64) and (numbers > 0).all()
-
-
 def test_without_a_replay_buffer_d_sees_new_fakes_only(tmp_path):
     run = first_step(tmp_path / "out", "--replay_size=0", steps=2)
     for step in (0, 1):

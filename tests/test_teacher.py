@@ -8,7 +8,7 @@ import torch
 
 from conftest import plain_taesd
 from support.files import load_halves
-from teacher import Teacher
+from teacher import CONFIGS, Teacher
 from test_smoke import TINY, train
 
 
@@ -93,6 +93,9 @@ def test_every_family_of_vaes_can_be_a_teacher(name, tmp_path):
     teacher, image = Teacher(folder), torch.rand(2, 3, 64, 128)
     with torch.no_grad():
         latent, picture = by_hand(vae, image * 2 - 1)
+    if name in ("sd and sdxl", "sana", "wan"):  # diffusers reads these from a file, by the class that the config names
+        from_file = Teacher(f"{folder / 'diffusion_pytorch_model.safetensors'}::{folder}")
+        assert torch.equal(from_file.encode(image), teacher.encode(image))
     assert (teacher.latent_channels, teacher.factor, teacher.student_variant) == (channels, factor, variant)
     assert torch.allclose(teacher.encode(image), latent, atol=1e-4)
     assert torch.allclose(teacher.decode(latent), (picture / 2 + 0.5).clamp(0, 1), atol=1e-4)
@@ -137,7 +140,14 @@ def original_layout(vae):
     return original
 
 
-def test_a_single_file_in_the_original_layout(tmp_path):
+@pytest.mark.parametrize("name, scale, shift", [
+    ("sd", 0.18215, None), ("sdxl", 0.13025, None), ("sd3", 1.5305, 0.0609), ("flux1", 0.3611, 0.1159)])
+def test_files_get_the_published_scale_of_the_vae_that_is_named(name, scale, shift):
+    config = diffusers.AutoencoderKL.load_config(CONFIGS[name])
+    assert (config["scaling_factor"], config.get("shift_factor")) == (scale, shift)
+
+
+def test_a_single_file_in_the_original_layout(tmp_path, monkeypatch):
     vae = kl(4, 32, layers_per_block=2, norm_num_groups=32, scaling_factor=0.18215)  # as deep as Stable Diffusion's
     vae.save_pretrained(tmp_path / "vae")
     original = original_layout(vae)
@@ -147,8 +157,9 @@ def test_a_single_file_in_the_original_layout(tmp_path):
     torch.save({"state_dict": whole}, tmp_path / "model.ckpt")
     image = torch.rand(1, 3, 32, 32)
     latent = Teacher(tmp_path / "vae").encode(image)
-    for name in ("vae.safetensors", "model.safetensors", "model.ckpt"):
-        teacher = Teacher(f"{tmp_path / name}::{tmp_path / 'vae'}")
+    monkeypatch.setitem(CONFIGS, "sdxl", str(tmp_path / "vae"))
+    for name in ("vae.safetensors::sdxl", f"model.safetensors::{tmp_path / 'vae'}", "model.ckpt::sdxl"):
+        teacher = Teacher(f"{tmp_path / name}")
         assert torch.allclose(teacher.encode(image), latent, atol=1e-4) and 1 / teacher.std == pytest.approx(0.18215)
 
 
