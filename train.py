@@ -12,7 +12,7 @@ r"""Train a tiny autoencoder (TAESD) that uses the same latents as a big VAE, it
       discriminator D(x or fake, given latent)           half of the fakes are old ones, from a replay buffer
 
 The encoder copies the teacher's latents. The decoder is a conditional GAN trained on real images: it may invent detail,
-but not shift colours. The method is that of TAESD's author: github.com/madebyollin/taesd (issues 2, 11) and /seraena.
+but not shift colours. The method: github.com/madebyollin/taesd (issues 2 and 11) and github.com/madebyollin/seraena.
 """
 import copy
 
@@ -231,7 +231,7 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
     """Returns {name: loss}, the fakes and their latents. Every loss in the dictionary is logged under its name."""
     losses, rescaled, fake = {}, {}, latent  # rescaled: replaces losses in the backward pass, but not in the log
 
-    # The encoder copies the teacher's latents. Our decoder's first layers (if it is no noise) should see no difference.
+    # The encoder copies the teacher's latents. Our decoder's first layers, unless random, should see no difference.
     if train_encoder:
         with autocast:
             student_latent = encoder(real).float()
@@ -290,9 +290,9 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
     return {name: loss.detach() for name, loss in losses.items()}, fake.detach(), latent
 
 # --- the loop --------------------------------------------------------------------------------------------------------
-first_step, interrupted = step, False
+first_step, interrupted = step, False  # before the first step, only weights that were loaded are measured
 while True:
-    last = step == max_iters or interrupted  # weights that a run starts from are measured, too
+    last = step == max_iters or interrupted
     if (last or step % eval_interval == 0) and (step > first_step or init_from not in ("scratch", "resume")):
         if not interrupted:
             log.evaluate(step, images_seen, ema_encoder, ema_decoder, decoder, autocast)
