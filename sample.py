@@ -1,7 +1,6 @@
 """Look at a run, or at a teacher alone: draw the originals, the teacher's and the student's pictures, and measure them.
 
-    python sample.py --out_dir=out                     # on the run's held-out images
-    python sample.py --out_dir=out --images=photo.jpg  # on an image or a folder of your own
+    python sample.py --out_dir=out                     # on its held-out images, or --images=a file or folder
     python sample.py --out_dir=out --compare=taesdxl_decoder.pth   # together with other weights, on the same latents
     python sample.py --out_dir=out --images=photos --size=0        # whole pictures, at their own size
     python sample.py --out_dir=out --export            # weights for other programs

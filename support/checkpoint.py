@@ -139,7 +139,7 @@ def load_weights(checkpoint, parts, vae, images, settings, autocast):
         print(f"weights   {settings['init_from']}; the optimizers{'' if fits else ' and D'} start afresh")
         if settings["learning_rate"] > FINE_TUNING_RATE:
             print(f"note      a learning_rate of {settings['learning_rate']:g} is for training from scratch and can "
-                  f"spoil these weights; --learning_rate=1e-4 is usual for fine-tuning")
+                  f"spoil these weights; --learning_rate=1e-4 --discriminator_lr=1e-4 is usual for fine-tuning")
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------

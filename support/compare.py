@@ -11,10 +11,10 @@ from support.colors import to_eight_bits, to_srgb
 from support.config import fail
 
 # metric: (heading, format)
-COLUMNS = {"psnr": ("PSNR dB", "8.2f"), "ssim": ("SSIM", "7.4f"), "lowres_mse": ("lowres MSE", "11.6f"),
-           "sharpness": ("sharpness", "10.3f"), "latent_mse": ("latent MSE", "11.4f"),
-           "latent_mean_error": ("mean error", "11.3f"), "latent_std_error": ("std error", "10.3f"),
-           "decode_ms": ("decode ms", "10.1f")}
+COLUMNS = {"psnr": ("PSNR dB", "11.2f"), "ssim": ("SSIM", "11.4f"), "lowres_mse": ("lowres MSE", "11.6f"),
+           "sharpness": ("sharpness", "11.3f"), "latent_mse": ("latent MSE", "11.4f"),
+           "latent_mean_error": ("mean error", "11.3f"), "latent_std_error": ("std error", "11.3f"),
+           "decode_ms": ("decode ms", "11.1f")}
 LARGEST = 2048  # longer side of a whole picture in pixels; a student of width 64 needs 4 GB for one of this size
 
 
@@ -46,14 +46,12 @@ def add_decode_times(metrics, vae, students, latents):
 
 def print_table(rows):
     """rows: {label: {metric: value}}. There is a column for each metric that any of them has."""
-    label_width = max(24, *map(len, rows))
+    width = max(24, *map(len, rows))
     columns = {name: column for name, column in COLUMNS.items() if any(name in metrics for metrics in rows.values())}
-    width = {name: int(form.split(".")[0]) for name, (_, form) in columns.items()}
-    print(" " * label_width, *(f"{title:>{width[name]}}" for name, (title, _) in columns.items()))
+    print(" " * width, *(f"{title:>11}" for title, _ in columns.values()))
     for label, metrics in rows.items():
-        cells = [f"{metrics[name]:{form}}" if name in metrics else " " * width[name]
-                 for name, (_, form) in columns.items()]
-        print(f"{label:{label_width}}", *cells)
+        cells = [f"{metrics[name]:{form}}" if name in metrics else " " * 11 for name, (_, form) in columns.items()]
+        print(f"{label:{width}}", *cells)
 
 
 # --- whole pictures, to look at faces, lettering and skies -----------------------------------------------------------

@@ -54,7 +54,6 @@ def draw_curves(out_dirs, path):
                 ax.axhline(teacher_metrics[name.removeprefix("val_")], color=color, linestyle="--", alpha=0.5)
             logarithmic = logarithmic and all(value > 0 for value in values.values())
         ax.set(title=title, yscale="log" if logarithmic else "linear")
-        ax.grid(alpha=0.3)
     for ax in axes[len(titles):]:
         ax.set_axis_off()
     axes[0].legend()

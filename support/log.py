@@ -19,6 +19,7 @@ from support.device import RANK, RANKS, any_rank, leave
 from support.files import save_text
 
 STARTED = time.time()
+SLOW_STEPS = 8  # at first, in which networks are compiled and a CUDA graph is recorded; they do not count for the speed
 
 
 class Log:
@@ -43,9 +44,8 @@ class Log:
                    | machine)
         self.metrics = {}  # of the last evaluation
         self.history = []  # (names, values) of the losses of each step since the last report
-        self.images, self.seconds, self.waited, self.clock = 0, 0.0, 0.0, time.time()
-        # Ctrl-C, or a machine that is about to be taken away, asks the run to finish its step, save and leave
-        self.asked_to_stop = False
+        self.images, self.steps, self.untimed, self.seconds, self.waited, self.clock = 0, 0, 0, 0.0, 0.0, time.time()
+        self.asked_to_stop = False  # by Ctrl-C, or where a machine is about to be taken away
         signal.signal(signal.SIGINT, self.ask_to_stop)
         signal.signal(signal.SIGTERM, self.ask_to_stop)
 
@@ -85,15 +85,19 @@ class Log:
     def add(self, step, images_seen, losses):
         """Remember the losses of one step, {name: tensor}, and report their means from time to time. Returns whether
         Ctrl-C has asked to stop."""
-        self.history.append((list(losses), torch.stack(list(losses.values())).detach()))
-        self.images += self.settings["batch_size"]
-        if not self.seconds and len(self.history) == 1:
-            self.history[0][1].tolist()  # waits for the device
-            print(f"start     {time.time() - STARTED:.1f} s until the first step was done", flush=True)
         interrupted, s = any_rank(self.asked_to_stop), self.settings
+        self.history.append((list(losses), torch.stack(list(losses.values())).detach()))
+        self.images, self.steps = self.images + s["batch_size"], self.steps + 1
+        if self.steps in (1, SLOW_STEPS):
+            self.history[-1][1].tolist()  # waits for the device
+        if self.steps == 1:
+            print(f"start     {time.time() - STARTED:.1f} s until the first step was done", flush=True)
         last = interrupted or step == s["max_iters"]
         if last or step % s["log_interval"] == 0 or step % s["eval_interval"] == 0:
             self.report(step, images_seen)
+        if self.steps == SLOW_STEPS:
+            self.images, self.untimed, self.seconds = 0, len(self.history), 0.0
+            self.waited, self.clock = 0.0, time.time()
         return interrupted
 
     def report(self, step, images_seen):
@@ -106,7 +110,7 @@ class Log:
                     fail_not_finite(self.settings, step - age, name)
                 found.setdefault(name, []).append(value)
         seconds = time.time() - self.clock
-        rate = len(self.history) * batch_size / seconds
+        rate = max(1, len(self.history) - self.untimed) * batch_size / seconds
         means = {name: round(sum(values) / len(values), 6) for name, values in found.items()}
         record = {"images_per_second": round(rate, 2)} | means
         record |= {"data_wait": round(self.waited / seconds, 3), "peak_memory_mb": peak_memory_mb(self.device)}
@@ -114,7 +118,8 @@ class Log:
         left = datetime.timedelta(seconds=round((max_iters - step) * batch_size / rate))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
         print(f"step {step}/{max_iters}  images_seen {images_seen:,}  {shown}  left {left}", flush=True)
-        self.history, self.waited, self.seconds, self.clock = [], 0.0, self.seconds + seconds, time.time()
+        self.history, self.waited, self.untimed = [], 0.0, 0
+        self.seconds, self.clock = self.seconds + seconds, time.time()
 
     def progress(self, step, images_seen):
         return {"step": step, "images_seen": images_seen,

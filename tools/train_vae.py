@@ -106,8 +106,7 @@ def main():
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     torch.nn.Module.to(vae, torch.float16)  # halves the file; vae.to would print a warning
     vae.save_pretrained(out_dir)
-    print(f"---\nout_dir: {out_dir}\nscaling_factor: {vae.config.scaling_factor}\nnext: python sample.py "
-          f"--teacher={out_dir}, which draws and measures it, then python train.py --teacher={out_dir}")
+    print(f"---\nscaling_factor: {vae.config.scaling_factor}\nto look at it: python sample.py --teacher={out_dir}")
 
 
 if __name__ == "__main__":
