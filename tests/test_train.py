@@ -44,7 +44,7 @@ def test_without_a_half_life_the_newest_weights_are_exported(tmp_path):
 
 # stopping, and going on
 
-def test_a_resumed_run_goes_on_where_it_stopped(tiny_run, copied_run):
+def test_a_resumed_run_goes_on_where_it_stopped(tiny_run, copied_run, stepped):
     """With a learning rate near 0, so that the weights stay as they were loaded."""
     scope = train("--init_from=resume", f"--out_dir={copied_run}", "--max_iters=61", "--learning_rate=1e-12",
                   "--discriminator_lr=1e-12")
@@ -58,6 +58,8 @@ def test_a_resumed_run_goes_on_where_it_stopped(tiny_run, copied_run):
     old, new = (state["student_optimizer"]["muon"]["state"][0]["momentum"] for state in (before, after))
     assert (new - 0.95 * old).norm() < 0.5 * old.norm()
     assert scope.crop_pool.filled == 8 and scope.replay_buffer.filled == 4  # they are filled again
+    with pytest.raises(SystemExit, match="student_optimizer of .* does not fit"):  # a run by Adam
+        train("--init_from=resume", "--optimizer=adamw", "--max_iters=7", f"--out_dir={stepped.after.out_dir}")
 
 
 def test_a_resumed_run_reads_other_crops(tmp_path):
@@ -82,7 +84,9 @@ def test_whenever_ctrl_c_comes_what_is_saved_was_reported(place, name, number, t
         return function(*arguments, **named)
     monkeypatch.setattr(place, name, with_signal)
     scope = train(*TINY, "--log_interval=2", "--eval_interval=3", "--max_iters=50", f"--out_dir={tmp_path}")
-    assert load(tmp_path / "ckpt.pt")["step"] == scope.step == losses(tmp_path)[-1]["step"] < 12
+    saved = load(tmp_path / "ckpt.pt")
+    assert saved["step"] == scope.step == losses(tmp_path)[-1]["step"] < 12
+    assert saved["metrics"] == {}  # those of an earlier step would be wrong
     output, errors = capfd.readouterr()
     assert "stopping after this step" in errors and f"stopped and saved at step {scope.step}" in output
 
