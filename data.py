@@ -2,6 +2,7 @@
 
 This is the only file that opens images. They leave it as uint8 RGB, NCHW.
 """
+import functools
 import itertools
 import math
 import os
@@ -43,11 +44,11 @@ class Images:
         if val_folder:
             self.val = [val_folder] if os.path.isfile(val_folder) else find_images(val_folder)
         else:
-            checksums = {path: checksum(path, folder) for path in self.train}
-            limit = max(HELD_OUT * 2**32, min(checksums.values()))  # at least one image
-            self.val = [path for path in self.train if checksums[path] <= limit]
-        held_out = set(map(os.path.realpath, self.val))  # val_folder may be inside folder, or linked into it
-        self.train = [path for path in self.train if os.path.realpath(path) not in held_out]
+            checksums = [checksum(path, folder) for path in self.train]
+            limit = max(HELD_OUT * 2**32, min(checksums))  # at least one image
+            self.val = [path for path, value in zip(self.train, checksums) if value <= limit]
+        held_out = set(map(real_path, self.val))  # val_folder may be inside folder, or linked into it
+        self.train = [path for path in self.train if real_path(path) not in held_out]
         self.val.sort(key=lambda path: checksum(path, val_folder or folder))  # a mixed order, the same on all machines
         if not self.train:
             fail(f"--data_dir={folder}: nothing to train on: at least two images are needed, one of them is held out")
@@ -71,7 +72,7 @@ class Images:
         half = len(self.train) / 2
         while True:
             if len(self.broken) > half and sum(path in self.broken for path in self.train) > half:
-                fail(f"more than half of the image files cannot be read, for example {self.broken_example()}")
+                fail(f"more than half of the image files cannot be read, {self.broken_example()}")
             # drawn for a broken file, too, so that a crop does not depend on what was read before
             path, own_rng = self.train[rng.integers(len(self.train))], np.random.default_rng(rng.integers(2**63))
             crop = None if path in self.broken else self.attempt(square_crop, path, size, own_rng)
@@ -85,20 +86,28 @@ class Images:
         crops = [color_augmented(crop, rng) if rng.random() < color_augment else crop for crop in crops]
         return to_tensor(crops)
 
-    def held_out(self, n, size):
-        """The first n readable held-out images as centre squares, [n,3,size,size] uint8."""
-        squares = []
+    def held_out(self, n, size, multiple=1):
+        """The first n held-out images whose shorter side has `size` pixels or more, as centre squares,
+        [n,3,size,size] uint8. Enlarged ones would measure blur. If all are smaller, the size is the largest multiple of
+        `multiple` that one of them has."""
+        squares, largest, smaller = [], 0, 0
         for path in self.val:
-            square = self.attempt(square_crop, path, size) if len(squares) < n else None
-            if square is not None:
+            side = self.attempt(shorter_side, path) if len(squares) < n else None
+            if side and side < size:
+                largest, smaller = max(largest, side // multiple * multiple), smaller + 1
+            elif side and (square := self.attempt(square_crop, path, size)) is not None:
                 squares.append(square)
+        if not squares and largest:
+            return self.held_out(n, largest, multiple)
         if not squares:
-            fail(f"none of {len(self.val)} held-out images can be read, for example {self.broken_example()}; remove "
-                 f"them, or name others with --val_dir=")
+            fail(f"none of {len(self.val)} held-out images can be used: {self.broken_example()}; remove them, or name "
+                 f"others with --val_dir=")
+        print(f"held out  {len(squares)} images of {size} pixels"
+              + (f"; {smaller} smaller ones are not used" if smaller else ""))
         return to_tensor(squares)
 
     def broken_example(self):
-        return ": ".join(next(iter(self.broken.items())))
+        return "for example " + ": ".join(next(iter(self.broken.items()), ("all of them", "too small")))
 
 
 def to_tensor(squares):
@@ -150,15 +159,31 @@ def find_images(folder):
     return sorted(found)
 
 
+real_folder = functools.cache(os.path.realpath)
+
+
+def real_path(path):
+    """What os.path.realpath gives, but faster: a folder with a million images should be ready within seconds."""
+    folder, name = os.path.split(path)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(folder), name)
+
+
 def checksum(path, folder):
     """A number below 2**32 that depends only on the path below `folder`."""
-    return zlib.crc32(os.path.relpath(path, folder).replace(os.sep, "/").encode(errors="surrogateescape"))
+    below = path[len(folder):].replace(os.sep, "/").lstrip("/")
+    return zlib.crc32(below.encode(errors="surrogateescape"))
+
+
+def shorter_side(path):
+    """Of an image file, in pixels, without decoding it."""
+    with Image.open(path) as image:
+        return min(image.size)
 
 
 def square_crop(path, size, rng=None):
     """A square of a file as [size,size,3] uint8, upright and in sRGB. With `rng` it is a random one, from `size` pixels
     to the shorter side of the image, and transparent images get a random background. Without, it is the centre square
-    on white, enlarged if need be."""
+    on white."""
     with Image.open(path) as image:
         (width, height), profile = image.size, image.info.get("icc_profile")
         if min(width, height) < SMALLEST:
@@ -167,7 +192,7 @@ def square_crop(path, size, rng=None):
             image = mirrored(to_srgb(ImageOps.exif_transpose(to_eight_bits(image)), profile), size)
             (width, height), profile = image.size, None
         short = min(width, height)
-        side, left, top = short, (width - short) / 2, (height - short) / 2
+        side, left, top = short, (width - short) // 2, (height - short) // 2
         if rng is not None:
             side = int(rng.integers(min(size, short), short + 1))
             left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
@@ -178,11 +203,29 @@ def square_crop(path, size, rng=None):
         right, bottom = min((left + side) * across, image.width), min((top + side) * down, image.height)
         square = to_eight_bits(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3,
                                              box=(left * across, top * down, right, bottom))
-        square = to_srgb(ImageOps.exif_transpose(square), profile)
-    if square.mode == "RGBA":
-        color = (255,) * 3 if rng is None else tuple(int(c) for c in rng.integers(256, size=3))
-        square = Image.alpha_composite(Image.new("RGBA", square.size, color), square)
-    return np.asarray(square.convert("RGB"))
+    color = (255,) * 3 if rng is None else tuple(int(c) for c in rng.integers(256, size=3))
+    return np.asarray(to_rgb(square, profile, color))
+
+
+def whole_image(path, largest, multiple):
+    """A file as [H,W,3] uint8, upright, in sRGB and on white. Its longer side is reduced to `largest` pixels if it has
+    more, and its centre is cut to multiples of `multiple`."""
+    with Image.open(path) as image:
+        image = to_rgb(to_eight_bits(image), image.info.get("icc_profile"), (255,) * 3)
+    image.thumbnail((largest, largest), Image.Resampling.BICUBIC)
+    width, height = (side // multiple * multiple for side in image.size)
+    if not width * height:
+        raise ValueError(f"{image.width}x{image.height} pixels: the shorter side must be {multiple} or more")
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def to_rgb(image, profile, background):
+    """An image of to_eight_bits as RGB: upright, in sRGB, and on a background where it is transparent."""
+    image = to_srgb(ImageOps.exif_transpose(image), profile)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("RGB")
 
 
 def mirrored(image, size):

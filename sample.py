@@ -16,31 +16,37 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Images
-from support.checkpoint import build_student, load_checkpoint
-from support.compare import add_decode_times, draw_whole, load_students, print_table
-from support.config import configure, fail, require_positive
+from data import Images, to_tensor, whole_image
+from support.checkpoint import build_student, load_checkpoint, load_student
+from support.config import configure, fail
 from support.curves import draw_curves
-from support.device import pick_device
+from support.device import pick_device, pick_dtype
 from support.export import export_all
 from support.files import save_file
-from support.latent_rgb import fit_latent_rgb, latent_rgb, save_latent_rgb
+from support.latent_rgb import as_python, fit_latent_rgb, latent_rgb
 from teacher import Teacher
 
 # --- settings --------------------------------------------------------------------------------------------------------
 out_dir = "out"            # the run to look at; the picture is written to samples/sample.png in it
 images = ""                # an image or a folder; '' = the run's held-out images
-count = 8                  # how many images, at most
+count = 0                  # how many images, at most; 0 = those that the run is evaluated on, or 16 of images=
 size = "256"               # images= are measured as centre squares of this side in pixels, or of several: 256,512
-                           # 0 = whole pictures of at most 2048 pixels, one file each in samples/whole
+                           # 0 = whole pictures of at most 2048 pixels, one file each
 compare = ""               # other weights to look at as well: a weights file, an AutoencoderTiny or another out_dir
 teacher = ""               # look at this teacher instead of a run, named as for train.py, and at compare= if given
-curves = ""                # instead: draw the logs of these runs, separated by commas, to curves.png
+curves = ""                # instead: draw the logs of these runs, separated by commas, to samples/ of the first one
 export = False             # instead: write the weights for other programs to out_dir/export
 export_name = "taesd"      # name of the exported files: taesdxl gives taesdxl_decoder.pth, as ComfyUI expects it
 export_dtype = "float32"   # of the exported weights: float32 or float16
 device = "auto"            # auto, cuda, mps or cpu
+dtype = "auto"             # auto = as the run is evaluated, or else float32; float32, bfloat16 or float16
 # -----------------------------------------------------------------------------
+
+# metric: (heading, format)
+COLUMNS = {"psnr": ("PSNR dB", "11.2f"), "ssim": ("SSIM", "11.4f"), "lowres_mse": ("lowres MSE", "11.6f"),
+           "sharpness": ("sharpness", "11.3f"), "latent_mse": ("latent MSE", "11.4f"),
+           "latent_mean_error": ("mean error", "11.3f"), "latent_std_error": ("std error", "11.3f")}
+LARGEST = 2048  # longer side of a whole picture in pixels; a student of width 64 needs 4 GB for one of this size
 
 
 # metrics: images [N,3,H,W] in [0,1] -> [N], one number for each image
@@ -152,10 +158,35 @@ class Evaluator:
         return pictures, metrics
 
 
+def load_students(checkpoint, compare, vae):
+    """{label: {"encoder": network, "decoder": network}} of a run, or None, and of other weights, or ''."""
+    students = {"our": build_student(checkpoint)} if checkpoint else {}
+    if compare:
+        other = load_student(compare, "--compare")
+        channels, factor = other["shape"]["latent_channels"], other["shape"]["factor"]
+        if (channels, factor) != (vae.latent_channels, vae.factor):
+            fail(f"--compare={compare}: has {channels} channels at factor {factor}, the teacher {vae.latent_channels} "
+                 f"at {vae.factor}")
+        students[f"{os.path.basename(os.path.normpath(compare))[:18]}:"] = build_student(other)
+    for networks in students.values():
+        for network in networks.values():
+            network.to(vae.device)
+    return students
+
+
+def print_table(rows):
+    """rows: {label: {metric: value}}. There is a column for each metric that any of them has."""
+    width = max(24, *map(len, rows))
+    columns = {name: column for name, column in COLUMNS.items() if any(name in metrics for metrics in rows.values())}
+    print(" " * width, *(f"{title:>11}" for title, _ in columns.values()))
+    for label, metrics in rows.items():
+        cells = [f"{metrics[name]:{form}}" if name in metrics else " " * 11 for name, (_, form) in columns.items()]
+        print(f"{label:{width}}", *cells)
+
+
 # --- python sample.py ------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def main():
-    require_positive(globals(), "count")
     if export_dtype not in ("float32", "float16"):
         fail(f"--export_dtype={export_dtype}: must be float32 or float16")
     if size == "0" and not images:
@@ -165,44 +196,50 @@ def main():
     if not all(side.isdigit() for side in size.split(",")):
         fail(f"--size={size}: must be a number of pixels, or several, as in 256,512; or 0 for whole pictures")
     if curves:
-        draw_curves(curves.split(","), "curves.png")
-        return print("wrote curves.png")
+        out_dirs = curves.split(",")
+        path = os.path.join(out_dirs[0], "samples", "curves.png")
+        draw_curves(out_dirs, path)
+        return print(f"wrote {path}")
     place = pick_device(device)
     checkpoint = None if teacher else load_checkpoint(out_dir)
     if export and checkpoint:
         return export_all(checkpoint, build_student(checkpoint), out_dir, export_name, getattr(torch, export_dtype))
-    settings = checkpoint["settings"] if checkpoint else {"teacher": teacher, "data_dir": "", "val_dir": ""}
+    settings = {"teacher": teacher, "data_dir": "", "val_dir": "", "dtype": "float32"}
+    settings |= checkpoint["settings"] if checkpoint else {}
+    precision = pick_dtype(settings["dtype"] if dtype == "auto" else dtype, place)
+    autocast = torch.autocast(place.type, precision, enabled=precision != torch.float32)
+    n = count or (16 if images or teacher else settings["eval_images"])
     pictures = Images("", images) if images else Images(settings["data_dir"], settings["val_dir"])
-    vae, samples = Teacher(settings["teacher"], place), os.path.join(out_dir, "samples")
+    vae, samples = Teacher(settings["teacher"], place, precision), os.path.join(out_dir, "samples")
     students = load_students(checkpoint, compare, vae)
-    if size == "0":
-        return draw_whole(vae, students, pictures, count, os.path.join(samples, "whole"), save_picture)
     sides = [settings["eval_size"]] if checkpoint and not images else [int(side) for side in size.split(",")]
-    for side in sides:
-        vae.check_fit(size=side)
+    if size == "0":
+        if vae.class_name in ("AutoencoderKL", "AutoencoderKLFlux2"):  # these can process large images in tiles
+            vae.vae.enable_tiling()
+        wholes = [pictures.attempt(whole_image, path, LARGEST, vae.multiple) for path in pictures.val[:n]]
+        batches = [(f"{number:03d}", to_tensor([whole])) for number, whole in enumerate(wholes, 1) if whole is not None]
+    else:
+        for side in sides:
+            vae.check_fit(size=side)
+        batches = [(side, pictures.held_out(n, side, vae.multiple)) for side in sides]
     print(f"{out_dir}: step {checkpoint['step']}, teacher {settings['teacher']}" if checkpoint else
           f"teacher {teacher}: {vae}")
     stem = os.path.join(samples, "look" if teacher else "sample")  # a look at a teacher leaves the run's picture alone
     written = []
-    for side in sides:
-        evaluator = Evaluator(pictures.held_out(count, side), vae)
-        drawn, metrics = evaluator.evaluate(students)
-        add_decode_times(metrics, vae, students, evaluator.latent)
+    for label, batch in batches:
+        evaluator = Evaluator(batch, vae)
+        drawn, metrics = evaluator.evaluate(students, autocast)
         factors, bias, r2 = fit_latent_rgb(evaluator.latent, evaluator.real)
         drawn = {"original": evaluator.real} | drawn
-        drawn["the teacher's latents, by latent_rgb"] = latent_rgb(evaluator.latent, factors, bias, side)
-        written.append(f"{stem}.png" if len(sides) == 1 else f"{stem}-{side}.png")
+        drawn["the teacher's latents, by latent_rgb"] = latent_rgb(evaluator.latent, factors, bias, batch.shape[-2:])
+        written.append(f"{stem}.png" if len(batches) == 1 else f"{stem}-{label}.png")
         save_picture({row: images[:8] for row, images in drawn.items()}, written[-1])
-        print(f"\n{len(evaluator.real)} images ({images or 'held out'}) of {side}x{side}, {place}, {vae.dtype}: "
-              f"{written[-1]}\n")
+        print(f"\n{len(batch)} images ({images or 'held out'}) of {batch.shape[-1]}x{batch.shape[-2]}, "
+              f"{place}, {vae.dtype}: {written[-1]}\n")
         print_table(metrics)
-    written.append(f"{stem}-latent_rgb.json")
-    rgb_lines = save_latent_rgb(written[-1], factors, bias)
     if not checkpoint:
-        print("\nlatents by channel; with the right scale, means are near 0 and standard deviations near 1:")
-        for name, values in (("mean", evaluator.latent.mean((0, 2, 3))), ("std", evaluator.latent.std((0, 2, 3)))):
-            print(f"{name:5}" + " ".join(f"{value:6.2f}" for value in values.tolist()))
-        print(f"\nthe best matrix from latents to colours (R² {r2:.2f}), ready to paste:\n{rgb_lines}")
+        print(f"\n{vae.describe_scale(evaluator.latent)}")
+        print(f"\nthe best matrix from latents to colours (R² {r2:.2f}), ready to paste:\n{as_python(factors, bias)}")
     print(f"\nwrote {', '.join(written)}")
 
 

@@ -5,13 +5,15 @@ Everywhere else, images are in [0,1] and latents have about zero mean and unit v
 `python sample.py --teacher=sdxl`.
 """
 import difflib
+import functools
+import math
 import os
 
 import torch
 import torch.nn.functional as F
 
-from support.config import fail
-from support.files import load_pair
+from support.config import fail, one_line
+from support.files import load_file, load_pair
 
 NAMES = {
     "toy": os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "toy_vae"),
@@ -19,7 +21,10 @@ NAMES = {
     "sd-mse": "stabilityai/sd-vae-ft-mse",
     "sdxl": "madebyollin/sdxl-vae-fp16-fix",  # the original VAE overflows in float16
 }
-CONFIGS = {name: NAMES["toy"].replace("toy_vae", f"vae_configs/{name}") for name in ("sd", "sdxl", "sd3", "flux1")}
+CONFIGS = {name: NAMES["toy"].replace("toy_vae", f"vae_configs/{name}")
+           for name in ("sd", "sdxl", "sd3", "flux1", "wan")}  # Qwen-Image's VAE is like Wan 2.1's, with the same scale
+WAN_KEYS = {"decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"}  # original; diffusers
+FACTORS = {"sd": 0.18215, "sdxl": 0.13025, "sd3": 1.5305, "flux1": 0.3611}  # published scaling factors
 VARIANTS = {  # class of diffusers: variant of its student
     "AutoencoderKL": "plain", "AutoencoderKLFlux2": "midblock_gn", "AutoencoderDC": "f32",
     "AutoencoderKLQwenImage": "plain", "AutoencoderKLWan": "plain", "AutoencoderTiny": "plain"}
@@ -30,11 +35,12 @@ class Teacher:
 
     name: `toy`, `sd`, `sd-mse` or `sdxl`; a diffusers folder; a hub id, `owner/repo` or `owner/repo::subfolder`; a file
     in the original layout with its configuration, `vae.safetensors::sdxl` (sd, sdxl, sd3, flux1) or `vae.ckpt::folder`
-    of a config.json; or `path/taef2_encoder.pth` of a taesd.py pair, with its decoder beside it.
+    of a config.json (Wan 2.1 and Qwen-Image need none); or `taef2_encoder.pth`, with its taesd.py decoder beside it.
 
     Attributes: `latent_channels`; `factor`, the pixels per latent along a side; `multiple`, of which the sides of all
     images must be multiples; `mean` and `std` of the raw latents, numbers or [1,C,1,1], read from the VAE's own files;
-    `student_variant`, which suits it. It computes in `dtype`; inputs and outputs are float32."""
+    `student_variant`, which suits it; `fingerprint`, its latent of a fixed image [1,C,h,w]. It computes in `dtype`;
+    inputs and outputs are float32."""
     def __init__(self, name, device="cpu", dtype=torch.float32):
         name, self.device, self.dtype = str(name), torch.device(device), dtype
         self.mean, self.std, self.image_range = 0.0, 1.0, (0, 1)
@@ -61,9 +67,18 @@ class Teacher:
         if not self.video:  # channels_last is for four dimensions only
             self.vae.to(memory_format=torch.channels_last)
         self.parameters = sum(p.numel() for p in self.vae.parameters())
-        side = 64 * self.patch
-        latent = self.encode(torch.zeros(1, 3, side, side))
-        self.latent_channels, self.factor = latent.shape[1], side // latent.shape[2]
+        colors = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        image = F.interpolate(colors, 128)  # squares of 8 pixels
+        try:
+            self.fingerprint = self.encode(image).cpu()
+            picture = self.decode(self.fingerprint)
+        except Exception as error:  # grey images or RGBA, for example; each class fails in a way of its own
+            fail(f"--teacher={name}: this {self.class_name} cannot encode and decode an RGB image, {[*image.shape]}: "
+                 f"{one_line(error, 300)}")
+        if picture.shape != image.shape:
+            fail(f"--teacher={name}: this {self.class_name} decodes an RGB image, {[*image.shape]}, to "
+                 f"{[*picture.shape]}; a teacher must return what it encodes")
+        self.latent_channels, self.factor = self.fingerprint.shape[1], 128 // self.fingerprint.shape[2]
         self.multiple = self.factor * self.patch
         if self.student_variant == "f32" and self.factor != 32:
             self.student_variant = "plain"
@@ -91,6 +106,27 @@ class Teacher:
             scale = f"scaling factor {1 / self.std:g}, shift {self.mean:g}"
         return (f"{self.class_name}, {self.parameters:,} parameters, factor {self.factor}, {self.latent_channels} "
                 f"channels, {scale}")
+
+    def describe_scale(self, latents):
+        """A line with the standard deviation of latents, and a warning if their scale seems to be wrong. The range is
+        from measurements (TAEF2: .77 to .85, Sana: .93 to 1.12) and publications: SD's factor was chosen to give 1, the
+        statistics of SDXL's channels amount to .90. With each other's factor, they would have .72 and 1.26."""
+        low, high, std = 0.75, 1.2, latents.std().item()
+        line = f"latents   standard deviation {std:.2f}; {low} to {high} is usual"
+        if low < std < high:
+            return line
+        if torch.is_tensor(self.std):
+            return f"{line}\nwarning   the teacher's statistics per channel may be those of another VAE"
+        factor = 1 / max(std * self.std, 1e-6)  # would give a standard deviation of 1
+        name, near = min(FACTORS.items(), key=lambda item: abs(math.log(item[1] / factor)))
+        likely = f"{near}, that of {name}, is likely" if low < near / factor < high else f"{factor:.3g} would give 1"
+        return f"{line}\nwarning   the teacher's scaling factor, {1 / self.std:g}, may be wrong: {likely}"
+
+    def differs(self, fingerprint):
+        """By how much its latents of one picture differ from those that another teacher, or None, gave: 0 is equal."""
+        if fingerprint is None or fingerprint.shape != self.fingerprint.shape:
+            return math.inf
+        return ((fingerprint - self.fingerprint).abs().mean() / fingerprint.std().clamp(min=1e-6)).item()
 
     def check_fit(self, variant="plain", **sides):
         """Fail unless a student of this variant, and images with these sides in pixels, suit this teacher."""
@@ -132,6 +168,8 @@ def load_autoencoder(name, dtype):
     if where.endswith((".safetensors", ".ckpt", ".sft")):
         if not os.path.isfile(where):
             fail(f"{written}: no such file")
+        if not subfolder and WAN_KEYS.intersection(load_file(where)):
+            subfolder = "wan"
         if not subfolder:  # files of SD and SDXL, for example, differ in nothing but the scale of their latents
             fail(f"{written}: a file does not say how its latents are scaled; add ::sd, ::sdxl, ::sd3 or ::flux1, or "
                  f"::folder of the VAE's config.json")
@@ -157,8 +195,15 @@ def load_autoencoder(name, dtype):
             vae = getattr(diffusers, kind).from_single_file(file, config=f"{where}/{subfolder}".rstrip("/"))
             return torch.nn.Module.to(vae, dtype)
         if kind in VARIANTS:
-            return getattr(diffusers, kind).from_pretrained(where, subfolder=subfolder or None, torch_dtype=dtype,
-                                                            low_cpu_mem_usage=False)
+            load = functools.partial(getattr(diffusers, kind).from_pretrained, where, subfolder=subfolder or None,
+                                     torch_dtype=dtype, low_cpu_mem_usage=False)
+            try:
+                return load()
+            except OSError as error:
+                try:
+                    return load(variant="fp16")  # some have nothing but diffusion_pytorch_model.fp16.safetensors
+                except OSError:
+                    raise error
     except Exception as error:  # weights are missing, cut off or do not fit; each library raises an error of its own
         fail(f"{written}: could not be loaded: {str(error)[:300]}")
     fail(f"{written}: its class is {kind}; supported are {', '.join(VARIANTS)} and taesd.py files")
@@ -172,17 +217,13 @@ def download(written, repo, filename):
     """The path of a file of a hub repository, from the local cache or from the hub. Fails with the true reason, where
     diffusers would blame the file."""
     import huggingface_hub as hub
-    try:
-        return hub.hf_hub_download(repo, filename, local_files_only=True)
-    except Exception:  # it is not in the cache, or the name is not even one of a repository
-        pass
-    try:
-        hub.get_session().head(hub.constants.ENDPOINT, timeout=10)  # hf_hub_download would retry for half a minute
-    except Exception as error:
-        fail(f"{written}: not in the local cache, and {hub.constants.ENDPOINT} could not be reached "
-             f"({type(error).__name__}); a local diffusers folder will do, too, and --teacher=toy needs no network")
-    try:
-        return hub.hf_hub_download(repo, filename)
-    except Exception as error:  # no such repository, or it is private, or its VAE is in a subfolder
-        fail(f"{written}: {type(error).__name__} for {filename}: {error} (a VAE in a subfolder: {repo}::vae; a private "
-             f"or gated repository: hf auth login)")
+    for local in (True, False):
+        try:
+            if not local:
+                hub.get_session().head(hub.constants.ENDPOINT, timeout=10)  # a download would retry for half a minute
+            return hub.hf_hub_download(repo, filename, local_files_only=local)
+        except Exception as error:
+            reason = error
+    fail(f"{written}: {filename} is not in the local cache and cannot be downloaded ({type(reason).__name__}: "
+         f"{one_line(reason, 300)}); a local diffusers folder will do, too; a VAE in a subfolder is {repo}::vae; a "
+         f"private or gated repository needs hf auth login")

@@ -69,7 +69,7 @@ lpips_weight = 0.0           # perceptual distance; needs the lpips package
 # optimizer
 optimizer = "muon"           # muon (with Adam for biases and D's outer layers), adam (TAESD) or adamw (seraena)
 learning_rate = 1e-3         # of encoder and decoder; 1e-4 is usual for weights that are trained already
-discriminator_lr = 1e-3      # of the discriminator
+discriminator_lr = 0.0       # of the discriminator; 0 = learning_rate
 cooldown = 0.5               # share of the steps, at the end, over which the learning rates fall to 0
 ema_halflife = 10_000        # half-life of the exported weight average, in images; 0 = no average
 # reports and machine
@@ -256,7 +256,7 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
         # The discriminator learns first. Half of its fakes are from the replay buffer, so that it keeps recognising
         # mistakes that the decoder has stopped making, and the two do not chase each other in circles.
         n = len(old_fakes)  # half a batch, but none in the first step
-        d_fakes, d_latents = fake.detach().clone(), latent.clone()
+        d_fakes, d_latents = (fake.detach().clamp(0, 1) * 255).round() / 255, latent.clone()  # like the old ones
         d_fakes[:n], d_latents[:n] = old_fakes, old_latents
         with autocast:
             real_scores, _ = discriminator(real, latent)
@@ -266,7 +266,7 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
         losses["discriminator"] = discriminator_loss(real_scores, fake_scores)
         if encoder_adversarial_weight > 0:
             losses["discriminator"] = losses["discriminator"] + discriminator_loss(real_scores, encoder_scores)
-        optimizer_step(discriminator_optimizer, losses["discriminator"], lr_scale * discriminator_lr)
+        optimizer_step(discriminator_optimizer, losses["discriminator"], lr_scale * (discriminator_lr or learning_rate))
 
         # Then the decoder learns from the updated discriminator, which is frozen meanwhile.
         discriminator.requires_grad_(False)
@@ -296,8 +296,8 @@ while True:
     if (last or step % eval_interval == 0) and (step > first_step or init_from not in ("scratch", "resume")):
         if not interrupted:
             log.evaluate(step, images_seen, ema_encoder, ema_decoder, decoder, autocast)
-        checkpoint = {"step": step, "images_seen": images_seen, "shape": shape, "settings": settings,
-                      "exportable": exportable, "teacher": str(vae), "metrics": {} if interrupted else log.metrics}
+        checkpoint = {"step": step, "images_seen": images_seen, "shape": shape, "settings": settings, "exportable":
+                      exportable, "teacher": str(vae), "fingerprint": vae.fingerprint, "metrics": log.metrics}
         save_checkpoint(checkpoint | {name: part.state_dict() for name, part in parts.items()}, networks, out_dir)
         log.draw_curves()
     if last:

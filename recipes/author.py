@@ -1,7 +1,6 @@
 # What the recipes of TAESD's author have in common (taesd issue 11): Adam at a constant rate, none of our additions.
 optimizer = "adam"
 learning_rate = 3e-4
-discriminator_lr = 3e-4
 cooldown = 0.0
 window = 0
 mse_weight = 0.0

@@ -1,6 +1,7 @@
 # Two minutes on a CPU, without data or downloads: the bundled donor is adapted to the bundled VAE and photographs.
 init_from = "donor"
 out_dir = "out-quick"
+compile = "false"  # on a GPU, compiling would take longer than these steps
 crop = 64
 max_iters = 100
 log_interval = 10

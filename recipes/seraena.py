@@ -3,6 +3,7 @@ from recipes.author import *
 
 optimizer = "adamw"
 learning_rate = 3e-5
+discriminator_lr = 3e-4
 lowres_weight = 0.0
 adversarial_weight = 2.0
 adversarial_scaling = "unit"

@@ -1,4 +1,5 @@
 """Starts a run from a checkpoint or from weights in any format, and saves it."""
+import math
 import os
 import sys
 
@@ -16,6 +17,7 @@ from teacher import NAMES, download, is_hub_id
 BUNDLED_DONOR = os.path.join(os.path.dirname(__file__), "..", "assets", "donor", "taesd_encoder.pth")
 TINY_WEIGHTS = "diffusion_pytorch_model.safetensors"  # of an AutoencoderTiny folder
 FINE_TUNING_RATE = 2e-4  # higher learning rates are for training from scratch
+OTHER_TEACHER = 0.03  # if latents of one picture differ by more; rounding to bfloat16 makes less than .01
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -111,6 +113,13 @@ def start_from(checkpoint, parts, init_from, vae, images, settings, autocast):
             fail(f"--init_from=resume: the {name} of {out_dir} does not fit ({one_line(error, 200)}); to go on with "
                  f"other settings, run python train.py {out_dir}/settings.py --init_from={out_dir} --out_dir=another")
     print(f"resume    {out_dir}, after step {checkpoint['step']:,}")
+    before = checkpoint["settings"]["max_iters"]
+    if before < settings["max_iters"] and checkpoint["step"] > (1 - settings["cooldown"]) * before:
+        print(f"note      with {settings['max_iters']:,} steps instead of {before:,}, the learning rates rise again")
+    difference = vae.differs(checkpoint.get("fingerprint"))
+    if OTHER_TEACHER < difference < math.inf:
+        print(f"warning   the teacher gives other latents than when this run was saved (by {difference:.0%} of their "
+              f"standard deviation), so its files have changed; another --out_dir= starts anew")
     torch.manual_seed(settings["seed"] + checkpoint["step"])
     return checkpoint["step"], checkpoint["images_seen"], checkpoint["exportable"]
 
@@ -125,11 +134,9 @@ def load_weights(checkpoint, parts, vae, images, settings, autocast):
     except Exception as error:  # a fork's weights, for example
         fail(f"{source}: its student does not fit Encoder and Decoder ({one_line(error, 200)})")
     networks = {half: parts[half] for half in student}
-    same_teacher = checkpoint.get("settings", {}).get("teacher") == settings["teacher"]
+    same_teacher = vae.differs(checkpoint.get("fingerprint")) < OTHER_TEACHER
     known = init_from_donor(student, networks, same_teacher, vae, images, settings, autocast)
     for half, network in networks.items():
-        if not all(weight.isfinite().all() for weight in network.parameters()):
-            fail(f"{source}: the solved weights are not finite; --dtype=float32 may help")
         parts[f"ema_{half}"].load_state_dict(network.state_dict())
     if known:
         state, fresh = checkpoint.get("discriminator", {}), parts["discriminator"].state_dict()
@@ -139,7 +146,7 @@ def load_weights(checkpoint, parts, vae, images, settings, autocast):
         print(f"weights   {settings['init_from']}; the optimizers{'' if fits else ' and D'} start afresh")
         if settings["learning_rate"] > FINE_TUNING_RATE:
             print(f"note      a learning_rate of {settings['learning_rate']:g} is for training from scratch and can "
-                  f"spoil these weights; --learning_rate=1e-4 --discriminator_lr=1e-4 is usual for fine-tuning")
+                  f"spoil these weights; --learning_rate=1e-4 is usual for fine-tuning")
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------

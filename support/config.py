@@ -12,7 +12,6 @@ import sys
 
 RULES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-RENAMED = {"matching_weight": "feature_matching_weight"}  # old name: new name
 
 
 def fail(message):
@@ -95,8 +94,6 @@ def read_settings(path, defaults):
 
 
 def fail_unknown(where, name, names):
-    if name in RENAMED:
-        fail(f"{where}{name} is now called {RENAMED[name]}")
     near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
     helper = "" if where == "--" else "; in a file, the names of other values begin with _"
     fail(f"unknown setting {where}{name}: did you mean {near}? --help lists every setting{helper}")

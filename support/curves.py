@@ -8,13 +8,13 @@ from support.files import save_file
 # name in log.jsonl: (title, whether the axis is logarithmic)
 METRICS = {"val_psnr": ("PSNR, dB", False), "val_ssim": ("SSIM", False), "val_sharpness": ("sharpness", False),
            "val_lowres_mse": ("low-res MSE", True), "val_latent_mse": ("latent MSE", True)}
-NOT_LOSSES = ("step", "images_seen", "images_per_second", "data_wait", "peak_memory_mb")
+NOT_LOSSES = {"step", "images_seen", "images_per_second", "data_wait", "peak_memory_mb"}
 
 
 def read_log(out_dir):
     """(metrics of the teacher, {name: {images seen: value}}) of a run. Steps that were repeated after a kill count
     once, and a line that was cut short is ignored."""
-    path, teacher_metrics, records = os.path.join(out_dir, "log.jsonl"), {}, []
+    path, teacher_metrics, curves = os.path.join(out_dir, "log.jsonl"), {}, {}
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.readlines()
@@ -27,14 +27,9 @@ def read_log(out_dir):
             continue
         teacher_metrics = record.get("teacher", teacher_metrics)
         if "images_seen" in record:
-            while records and records[-1]["images_seen"] > record["images_seen"]:
-                records.pop()
-            records.append(record)
-    curves = {}
-    for record in records:
-        for name in record.keys() - set(NOT_LOSSES):
-            curves.setdefault(name, {})[record["images_seen"]] = record[name]
-    return teacher_metrics, curves
+            for name in record.keys() - NOT_LOSSES:
+                curves.setdefault(name, {})[record["images_seen"]] = record[name]
+    return teacher_metrics, {name: dict(sorted(values.items())) for name, values in curves.items()}
 
 
 def draw_curves(out_dirs, path):

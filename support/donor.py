@@ -8,7 +8,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import count_parameters
 from support.config import fail
 
 CHUNK = 4    # pictures that are computed at once
@@ -64,17 +63,18 @@ def copy_layers(new, old):
 
 
 def solve_encoder(new, old, pictures, latents, autocast):
-    """Copy all layers but the last, a convolution, and solve that. Returns R² and the share of copied weights."""
-    copied, squares = copy_layers(new[:-1], old[:-1]), LeastSquares()
+    """Copy all layers but the last, a convolution, and solve that. Returns R²."""
+    copy_layers(new[:-1], old[:-1])
+    squares = LeastSquares()
     for picture, latent in zip(pictures, latents):
         with autocast:
             features = new[:-1](picture)
         squares.add(features, latent)
-    return squares.solve(new[-1]), sum(map(count_parameters, copied)) / count_parameters(new)
+    return squares.solve(new[-1])
 
 
 def solve_decoder(new, old, latents, old_latents, autocast):
-    """Copy layers from the image back towards the latent, and solve the convolution before them."""
+    """Copy layers from the image back towards the latent, and solve the convolution before them. Returns R²."""
     start = len(new) - len(copy_layers(new[2:][::-1], old[2:][::-1]))  # not the Clamp and the first convolution
     while not is_solvable(new[start - 1]) and not isinstance(new[start - 1], nn.ReLU):
         start += 1  # until a convolution, or a ReLU after one, comes right before the copied layers
@@ -83,7 +83,7 @@ def solve_decoder(new, old, latents, old_latents, autocast):
         with autocast:
             features, target = new[:solved](latent), old[:start - len(new)](old_latent)
         squares.add(features, target)
-    return squares.solve(new[solved]), sum(map(count_parameters, new[start:])) / count_parameters(new)
+    return squares.solve(new[solved])
 
 
 def knows_latents(donor, picture, latent):
@@ -127,7 +127,7 @@ def init_from_donor(donor, networks, same_teacher, vae, images, settings, autoca
     results = {"encoder": solve_encoder(networks["encoder"], donor["encoder"], pictures, latents, autocast)}
     if "decoder" in donor:
         results["decoder"] = solve_decoder(networks["decoder"], donor["decoder"], latents, old_latents, autocast)
-    told = [f"{half} R² {r2:.2f}, {share:.1%} of its weights copied" for half, (r2, share) in results.items()]
+    told = ", ".join(f"{half} {r2:.2f}" for half, r2 in results.items())
     print(f"donor     {settings['init_from']}, a student of another teacher; its layers next to the latents are solved "
-          f"on {n} crops: {'; '.join(told)}", flush=True)
+          f"on {n} crops; R²: {told}", flush=True)
     return False

@@ -12,6 +12,8 @@ import os
 import shutil
 import warnings
 from glob import glob
+from pathlib import Path
+from string import Template
 
 import torch
 import torch.nn as nn
@@ -20,6 +22,8 @@ from safetensors.torch import save_file as write_safetensors
 import model
 from model import Clamp
 from support.files import save_file, save_text
+
+MODEL_CARD = os.path.join(os.path.dirname(__file__), "..", "assets", "model_card.md")
 
 
 def save_taesd(path, network, dtype=torch.float32):
@@ -85,47 +89,24 @@ def save_onnx(path, network, dtype=torch.float32):
 
 def model_card(checkpoint, name="taesd", preview=""):
     """README.md with the header of the Hugging Face hub. name: of the files; preview: a picture in the same folder."""
-    settings, shape, metrics = checkpoint["settings"], checkpoint["shape"], checkpoint["metrics"]
-    halves, teacher = checkpoint["exportable"], os.path.basename(os.path.normpath(settings["teacher"]))
-    data = os.path.basename(os.path.normpath(settings["data_dir"] or "assets/photos"))
-    losses = [f"{key} {value:g}" for key, value in settings.items() if key.endswith("_weight") and value]
+    settings, shape, halves = checkpoint["settings"], checkpoint["shape"], checkpoint["exportable"]
     rows = []
-    for key, value in metrics.items():
+    for key, value in checkpoint["metrics"].items():
         half = "encoder" if key.startswith(("val_latent", "val_teacher")) else "decoder"
         if half in halves:
             rows.append(f"| {key.removeprefix('val_')} | {value:.4g} |")
-    table = "\n".join(rows) or "| not measured yet | |"
-    picture = f"\n![originals, teacher, this model]({preview})\n" if preview else ""
-    library = "diffusers" if shape["variant"] == "plain" and len(halves) == 2 else "pytorch"
-    half = halves[-1]
-    return f"""---
-library_name: {library}
-tags: [taesd, tiny-autoencoder]
----
-# Tiny autoencoder for {teacher}
 
-{" and ".join(halves).capitalize()} with {shape["latent_channels"]} latent channels, factor {shape["factor"]}, width
-{shape["width"]}, variant {shape["variant"]}. Images are in [0,1] (for diffusers in [-1,1]). Latents are those of the
-teacher after its own scaling, as its pipeline does it, and have about zero mean and unit variance.
-
-```python
-import torch
-from model import Decoder, Encoder  # model.py is written together with the weights by sample.py --export
-{half} = {half.capitalize()}(**{shape})
-{half}.load_state_dict(torch.load("{name}_{half}.pth", weights_only=True))
-```
-
-Teacher: {checkpoint["teacher"]}.
-
-Trained for {checkpoint["step"]:,} steps ({checkpoint["images_seen"]:,} images) on crops of {settings["crop"]} pixels,
-batch size {settings["batch_size"]}, seed {settings["seed"]}, images of {data}, started from
-{os.path.basename(os.path.normpath(settings["init_from"]))}.
-Losses: {", ".join(losses)}.
-
-| held-out images of {settings["eval_size"]} pixels | |
-|---|---|
-{table}
-{picture}"""
+    def last_part(path):
+        return os.path.basename(os.path.normpath(path))
+    losses = [f"{key} {value:g}" for key, value in settings.items() if key.endswith("_weight") and value]
+    return Template(Path(MODEL_CARD).read_text(encoding="utf-8")).substitute(settings | shape | {
+        "library": "diffusers" if shape["variant"] == "plain" and len(halves) == 2 else "pytorch", "name": name,
+        "teacher_name": last_part(settings["teacher"]), "teacher": checkpoint["teacher"], "shape": shape,
+        "halves": " and ".join(halves).capitalize(), "half": halves[-1], "builder": halves[-1].capitalize(),
+        "step": f"{checkpoint['step']:,}", "images_seen": f"{checkpoint['images_seen']:,}",
+        "data": last_part(settings["data_dir"] or "assets/photos"), "start": last_part(settings["init_from"]),
+        "losses": ", ".join(losses), "table": "\n".join(rows) or "| not measured yet | |",
+        "picture": f"\n![originals, teacher, this model]({preview})" if preview else ""})
 
 
 def export_all(checkpoint, student, out_dir, name, dtype):

@@ -1,10 +1,6 @@
 """Preview latents by one matrix from latents to colours, as ComfyUI keeps one for each model."""
-import json
-
 import torch
 import torch.nn.functional as F
-
-from support.files import save_text
 
 
 def fit_latent_rgb(latents, images):
@@ -25,10 +21,8 @@ def latent_rgb(latents, factors, bias, size):
     return F.interpolate(colors / 2 + 0.5, size).clamp(0, 1)
 
 
-def save_latent_rgb(path, factors, bias):
-    """Write the matrix as JSON, and return them as lines of Python."""
-    factors = [[round(value, 4) for value in row] for row in factors.tolist()]
+def as_python(factors, bias):
+    """The matrix as lines of Python."""
+    rows = "".join(f"    {[round(value, 4) for value in row]},\n" for row in factors.tolist())
     bias = [round(value, 4) for value in bias.tolist()]
-    save_text(path, json.dumps({"latent_rgb_factors": factors, "latent_rgb_factors_bias": bias}, indent=1))
-    rows = "".join(f"    {row},\n" for row in factors)
     return f"latent_rgb_factors = [\n{rows}]\nlatent_rgb_factors_bias = {bias}"

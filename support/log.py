@@ -28,8 +28,9 @@ class Log:
         self.settings, self.out_dir, self.device = settings, settings["out_dir"], device
         machine = {"device": str(device), "dtype": str(dtype), "compile": str(compile)}
         self.print_summary(machine, images, vae, networks)
-        held_out = images.held_out(settings["eval_images"], settings["eval_size"])
-        self.evaluator = Evaluator(held_out, vae)
+        self.evaluator = Evaluator(images.held_out(settings["eval_images"], settings["eval_size"], vae.multiple), vae)
+        settings["eval_size"] = self.evaluator.real.shape[-1]
+        print(vae.describe_scale(self.evaluator.latent))
         images.batch(settings["crop"], 1, 0, [settings["seed"], 0])  # fails now if most files cannot be read
         teacher_metrics = self.evaluator.teacher_metrics
         print(f"goal      the teacher's own pictures of the held-out images: psnr {teacher_metrics['psnr']:.2f} dB, "
@@ -93,6 +94,8 @@ class Log:
         if self.steps == 1:
             print(f"start     {time.time() - STARTED:.1f} s until the first step was done", flush=True)
         last = interrupted or step == s["max_iters"]
+        if interrupted:
+            self.metrics = {}  # they are of an earlier step
         if last or step % s["log_interval"] == 0 or step % s["eval_interval"] == 0:
             self.report(step, images_seen)
         if self.steps == SLOW_STEPS:
@@ -165,8 +168,7 @@ class Log:
         """Print a last block of `name: value` lines. Without an evaluation of the last step, it has no metrics."""
         results = {"out_dir": self.out_dir} | self.progress(step, images_seen)
         results |= {"peak_memory_mb": peak_memory_mb(self.device), "seconds": round(time.time() - STARTED)}
-        if not interrupted:
-            results |= self.metrics
+        results |= self.metrics
         print("---")
         for name, value in results.items():
             print(f"{name}: {value}")

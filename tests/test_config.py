@@ -4,7 +4,7 @@ import os
 import pytest
 
 from conftest import evaluations, records, script, train
-from support.config import RENAMED, configure, read_settings
+from support.config import configure, read_settings
 
 
 @pytest.fixture
@@ -24,14 +24,6 @@ def test_flags_override_recipes_and_recipes_override_defaults(settings, tmp_path
     assert configure(settings, [*arguments, "--steps=1e5"])["steps"] == 100_000
     assert settings["steps"] == 100_000 and settings["rate"] == 3.0  # the script's own globals change, too
     assert settings["other"] == 1
-
-
-@pytest.mark.parametrize("old, new", RENAMED.items())
-def test_the_old_name_of_a_setting_gives_the_new_one(old, new, tmp_path):
-    (tmp_path / "old.py").write_text(f"{old} = 1.0\n")
-    for argument in (f"--{old}=1", tmp_path / "old.py"):
-        with pytest.raises(SystemExit, match=f"{old} is now called {new}"):
-            train(argument)
 
 
 @pytest.mark.parametrize("name", ["train.py", "sample.py"])

@@ -26,16 +26,6 @@ def test_color_augmentation_is_a_blend_with_randomly_mixed_channels():
     assert len({tuple(crop[0, 0]) for crop in crops}) > 100
 
 
-def test_color_augmentation_changes_its_share_of_the_crops(tmp_path):
-    for i in range(2):
-        Image.new("RGB", (16, 16), "red").save(tmp_path / f"{i}.png")
-    batch = data.Images(str(tmp_path)).batch(16, 400, 0.25, [0, 0])
-    first_pixels = batch[:, :, :1, :1]
-    assert torch.equal(batch, first_pixels.expand_as(batch))  # every crop stays even
-    changed = (first_pixels.flatten(1) != torch.tensor([255, 0, 0])).any(1).float().mean()
-    assert changed.item() == pytest.approx(0.25, abs=0.07)
-
-
 def test_batches_depend_only_on_the_seed_and_their_number(tiny_run, monkeypatch):
     images = data.Images(str(tiny_run.folder))
 
@@ -79,6 +69,18 @@ def test_links_are_followed_once_and_no_held_out_file_is_trained_on_through_a_li
     (tmp_path / "val" / "linked.png").symlink_to(paths[0])
     images = data.Images(str(tmp_path / "link"), str(tmp_path / "val"))
     assert len(images.val) == 1 and images.train == paths[1:]
+
+
+def test_held_out_images_that_are_too_small_are_not_used(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for width, height in ((40, 40), (65, 64), (100, 90)):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{height}.png")
+    images = data.Images("", str(tmp_path))
+    assert len(images.held_out(3, 64, 8)) == 2 and "2 images of 64 pixels; 1 smaller ones" in capsys.readouterr().out
+    assert images.held_out(3, 200, 8).shape == (1, 3, 88, 88)  # the largest size that fits
+    exact = data.square_crop(tmp_path / "64.png", 64)  # begins at a whole pixel
+    assert np.array_equal(exact, np.asarray(Image.open(tmp_path / "64.png"))[:, :64])
 
 
 # kinds of files

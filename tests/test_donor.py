@@ -29,11 +29,8 @@ def test_least_squares_against_lstsq():
     for x_part, y_part in zip(x.split(2), y.split(2)):
         squares.add(x_part, y_part)
     r2 = squares.solve(conv, ridge=0)
-    padded, rows = torch.nn.functional.pad(x, (1, 1, 1, 1)), []
-    for n in range(3):
-        for i in range(6):
-            rows += [padded[n, :, i:i + 3, j:j + 3].flatten() for j in range(5)]
-    rows, target = torch.stack(rows), y.permute(0, 2, 3, 1).flatten(0, 2)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
+    rows, target = (each.movedim(1, 3).flatten(3).flatten(0, 2) for each in (padded, y))
     solution = torch.linalg.lstsq(torch.cat([rows, torch.ones(90, 1)], 1), target).solution
     assert torch.allclose(conv.weight.flatten(1).T, solution[:-1], atol=1e-4)
     assert torch.allclose(conv.bias, solution[-1], atol=1e-4)
@@ -62,7 +59,7 @@ def test_a_linear_map_of_the_donors_latents_gives_the_donors_pixels(tmp_path, ca
     teacher = write(tmp_path / "vae", {"encoder": other, "decoder": model.Decoder(6, width=8)})
     train(*START, f"--init_from={theirs}", f"--teacher={teacher}", f"--out_dir={tmp_path / 'out'}")
     output = capsys.readouterr().out
-    assert "encoder R² 1.00" in output and "decoder R² 1.00" in output
+    assert "R²: encoder 1.00, decoder 1.00" in output
     solved = build_student(load_student(str(tmp_path / "out")))
     latent, picture = other(real), decoder(encoder(real))
     assert picture.std((0, 2, 3)).min() > 0.01  # there is something to find
@@ -70,21 +67,19 @@ def test_a_linear_map_of_the_donors_latents_gives_the_donors_pixels(tmp_path, ca
     assert (solved["encoder"](real) - latent).abs().max() < 0.01 * latent.std()
 
 
-@pytest.mark.parametrize("theirs, ours, copied", [
-    ((4, 8), (6, 8), (0.99, 0.98)), ((4, 8), (4, 16), (0.76, 0.76)), ((4, 16), (4, 8), (0.99, 0.98))])
-def test_layers_away_from_the_latents_are_copied(theirs, ours, copied, tmp_path, capsys):
+@pytest.mark.parametrize("theirs, ours", [((4, 8), (6, 8)), ((4, 8), (4, 16)), ((4, 16), (4, 8))])
+def test_layers_away_from_the_latents_are_copied(theirs, ours, tmp_path, capsys):
     (networks, _), (teacher, _) = students("plain", *theirs), students("plain", *ours)
     train(*START, f"--init_from={write(tmp_path / 'donor', networks)}", f"--teacher={write(tmp_path / 'vae', teacher)}",
           f"--out_dir={tmp_path / 'out'}")
-    output = capsys.readouterr().out
-    shares = re.search(r"encoder R² .*, ([\d.]+)% .*decoder R² .*, ([\d.]+)%", output).groups()
-    assert [float(share) / 100 for share in shares] == pytest.approx(copied, abs=0.02)
-    assert "note " not in output  # the usual learning rate suits a donor
+    assert "note " not in capsys.readouterr().out  # the usual learning rate suits a donor
     new = load(tmp_path / "out" / "ckpt.pt")
     for number in range(14):  # the layers that a student of any factor has
         for name, weight in networks["encoder"][number].state_dict().items():
             assert torch.equal(new["encoder"][f"{number}.{name}"], weight)
-    assert torch.equal(new["ema_decoder"][f"{len(teacher['decoder']) - 1}.weight"], networks["decoder"][-1].weight)
+    for number in range(1, 14):
+        for name, weight in networks["decoder"][-number].state_dict().items():
+            assert torch.equal(new["ema_decoder"][f"{len(teacher['decoder']) - number}.{name}"], weight)
     assert new["step"] == 0 and [line["step"] for line in evaluations(tmp_path / "out")] == [0]
     assert (tmp_path / "out" / "diffusers").exists() and (tmp_path / "out" / "samples" / "0000000.png").exists()
 
@@ -114,7 +109,7 @@ def test_a_run_is_a_donor_for_another_teacher_and_is_copied_for_another_variant(
     flags, teacher = [*START, f"--init_from={tiny_run.out}"], write(tmp_path / "vae", students("plain")[0])
     scope = train(*flags, f"--teacher={teacher}", f"--out_dir={tmp_path / 'other'}")
     theirs = load(tiny_run.out / "ckpt.pt")["discriminator"]["blocks.2.weight"]
-    assert "encoder R²" in capsys.readouterr().out and scope.variant == "plain"
+    assert "R²: encoder" in capsys.readouterr().out and scope.variant == "plain"
     assert not torch.equal(scope.discriminator.blocks[2].weight, theirs)  # D starts afresh
     scope = train(*flags, "--variant=midblock_gn", f"--out_dir={tmp_path / 'variant'}")
     assert "R²" not in capsys.readouterr().out and scope.variant == "midblock_gn"
@@ -126,7 +121,7 @@ def test_a_donor_without_a_decoder(tmp_path, capsys):
     out = tmp_path / "out"
     train(*START, f"--init_from={path}", f"--out_dir={out}")
     output = capsys.readouterr().out
-    assert "encoder R²" in output and "decoder R²" not in output
+    assert re.search(r"R²: encoder \d.\d\d$", output, re.MULTILINE)
     assert load(out / "ckpt.pt")["exportable"] == ["encoder"] and not (out / "taesd_decoder.pth").exists()  # is noise
     assert load(out / "ckpt.pt")["settings"]["variant"] == "midblock_gn"  # that of the weights, not the teacher's
     train("--init_from=resume", "--max_iters=1", f"--out_dir={out}")

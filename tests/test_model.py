@@ -4,35 +4,12 @@ import torch
 
 import model
 from conftest import first_step
-from test_smoke import TINY, train
+from test_smoke import TINY, in_bytes, train
 
 
 def test_the_student_has_as_many_parameters_as_taesd():
     assert model.count_parameters(model.Encoder()) == 1_222_532
     assert model.count_parameters(model.Decoder()) == 1_222_531
-
-
-@pytest.mark.parametrize("variant, factor", [
-    ("plain", 4), ("plain", 8), ("plain", 16), ("plain", 32), ("midblock_gn", 8), ("f32", 32)])
-def test_the_networks_shapes(variant, factor):
-    image = torch.rand(2, 3, 64, 64)
-    latent = model.Encoder(5, factor, 8, variant)(image)
-    assert latent.shape == (2, 5, 64 // factor, 64 // factor)
-    assert model.Decoder(5, factor, 8, variant)(latent).shape == image.shape
-    scores, activations = model.Discriminator(5)(image, latent)
-    assert scores.shape == (2, 5, *latent.shape[2:])
-    assert [layer.shape[1] for layer in activations] == [32, 64, 128, 256, 256]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("build, given", [(model.Encoder, (1, 3, 32, 32)), (model.Decoder, (1, 5, 4, 4))])
-def test_a_fresh_groupnorm_branch_changes_nothing(build, given):
-    plain, branched, given = build(5, 8, 8), build(5, 8, 8, "midblock_gn"), torch.randn(given)
-    missing, unexpected = branched.load_state_dict(plain.state_dict(), strict=False)
-    assert missing and all(".pool." in key for key in missing) and not unexpected
-    assert torch.equal(plain(given), branched(given))
-    branched.state_dict()[[key for key in missing if key.endswith("pool.3.weight")][0]].fill_(0.1)
-    assert not torch.allclose(plain(given), branched(given), atol=1e-3)
 
 
 def test_muon_takes_the_steps_of_torchs_muon():
@@ -105,4 +82,4 @@ def test_without_a_replay_buffer_d_sees_new_fakes_only(tmp_path):
     run = first_step(tmp_path / "out", "--replay_size=0", steps=2)
     for step in (0, 1):
         (_, _, _), (d_fakes, d_latents, _), (_, _, _), (fake, latent, _) = run.seen[4 * step:4 * step + 4]
-        assert torch.equal(d_fakes, fake) and torch.equal(d_latents, latent)
+        assert in_bytes(d_fakes) == in_bytes(fake) and torch.equal(d_latents, latent)

@@ -1,5 +1,4 @@
 """sample.py: metrics, and tables and pictures of a run, of a teacher and of other weights."""
-import json
 import re
 
 import pytest
@@ -46,17 +45,16 @@ def test_ssim_is_that_of_convolutions_in_double_precision(monkeypatch):
     assert sample.ssim(fake, real).item() == pytest.approx(by_hand, abs=1e-4)
 
 
-def test_latent_rgb_finds_a_linear_map(tmp_path):
+def test_latent_rgb_finds_a_linear_map():
     """The first three channels are mixed mean colours of the patches, and two more channels are noise."""
     images, mix = torch.rand(4, 3, 32, 32), torch.tensor([[2.0, 0, 1], [0, 1, 0], [-1, 0, 3]])
     colors = F.avg_pool2d(images, 8) * 2 - 1
     latents = torch.cat([torch.einsum("nchw,kc->nkhw", colors, mix) + 0.7, torch.randn(4, 2, 4, 4)], 1)
     factors, bias, r2 = latent_rgb.fit_latent_rgb(latents, images)
     assert r2 > 0.9999 and torch.allclose(factors, torch.cat([torch.linalg.inv(mix).T, torch.zeros(2, 3)]), atol=1e-3)
-    assert torch.allclose(latent_rgb.latent_rgb(latents, factors, bias, 4), colors / 2 + 0.5, atol=1e-3)
+    assert torch.allclose(latent_rgb.latent_rgb(latents, factors, bias, (4, 4)), colors / 2 + 0.5, atol=1e-3)
     pasted = {}
-    exec(latent_rgb.save_latent_rgb(str(tmp_path / "rgb.json"), factors, bias), pasted)
-    assert json.loads((tmp_path / "rgb.json").read_text()).items() <= pasted.items()
+    exec(latent_rgb.as_python(factors, bias), pasted)
     assert torch.allclose(torch.tensor(pasted["latent_rgb_factors"]), factors, atol=1e-4)
 
 
@@ -67,15 +65,15 @@ def table(output):
 
 
 def test_a_run_and_other_weights(tiny_run, copied_run, capsys):
-    """The other weights are the run's own, so they have the same metrics. The run's last evaluation has them, too."""
+    """The other weights are the run's own, so they have the same metrics, and so has the run's last evaluation."""
     script("sample.py", f"--out_dir={copied_run}", f"--compare={tiny_run.out / 'diffusers'}", "--device=cpu")
     rows, last = table(capsys.readouterr().out), evaluations(tiny_run.out)[-1]
     assert len(rows) == 1 + 3 + 3
     assert rows["our encoder and decoder"] == rows["diffusers: encoder and decoder"]
     for name, number in zip(("psnr", "ssim", "lowres_mse", "sharpness"), rows["our decoder"]):
-        assert number == pytest.approx(last[f"val_{name}"], rel=0.05, abs=1e-3), name  # it may be of bfloat16
-    assert rows["our encoder, teacher's decoder"][0] == pytest.approx(last["val_teacher_psnr"], rel=0.05)
-    assert rows["our encoder, teacher's decoder"][4] == pytest.approx(last["val_latent_mse"], rel=0.05)
+        assert number == pytest.approx(last[f"val_{name}"], abs=0.0101 if name == "psnr" else 1.1e-3), name
+    assert rows["our encoder, teacher's decoder"][0] == pytest.approx(last["val_teacher_psnr"], abs=0.0101)
+    assert rows["our encoder, teacher's decoder"][4] == pytest.approx(last["val_latent_mse"], abs=1.1e-4)
     assert Image.open(copied_run / "samples" / "sample.png").height == (1 + len(rows) + 1) * (64 + 20)
 
 
@@ -98,8 +96,7 @@ def test_a_teacher_and_other_weights_at_two_sizes(tiny_run, tmp_path, capsys):
         metrics = sample.compute_metrics(picture.clamp(0, 1), real)
         assert rows[row][:4] == pytest.approx(list(metrics.values()), rel=1e-3, abs=6e-4), row
     assert rows[row][4] == pytest.approx(F.mse_loss(encoded, latent).item(), rel=1e-3)
-    std = re.search(r"^std +(.*)$", output, re.MULTILINE).group(1).split()
-    assert [float(value) for value in std] == pytest.approx(latent.std((0, 2, 3)).tolist(), abs=0.006)
+    assert f"latents   standard deviation {latent.std():.2f}" in output
 
 
 def test_whole_pictures(copied_run, tmp_path, capsys):
@@ -111,9 +108,9 @@ def test_whole_pictures(copied_run, tmp_path, capsys):
     gradient.resize((75, 7)).save(pictures / "flat.png")
     script("sample.py", f"--out_dir={copied_run}", f"--images={pictures}", "--size=0", "--device=cpu")
     output = capsys.readouterr()
-    assert "72x40 each: original | teacher | our" in output.out and "flat.png: 75x7 pixels: the short" in output.err
-    whole = sorted((copied_run / "samples" / "whole").iterdir(), key=lambda path: path.name[4:])
-    original, picture = Image.open(pictures / "photo.png"), Image.open(whole[0])
-    parts = [picture.crop((left, 20, left + 72, 60)).tobytes() for left in (0, 72, 144)]
-    assert picture.size == (3 * 72, 40 + 20) and parts[0] == original.crop((1, 2, 73, 42)).tobytes()
-    assert len(whole) == len(set(parts)) == 3
+    assert "of 72x40, cpu" in output.out and "flat.png: 75x7 pixels: the short" in output.err
+    whole = [Image.open(path) for path in (copied_run / "samples").glob("sample-*.png")]
+    original, picture = Image.open(pictures / "photo.png"), max(whole, key=lambda image: image.width)
+    parts = [picture.crop((0, top + 20, 72, top + 60)).tobytes() for top in range(0, picture.height, 60)]
+    assert parts[0] == original.crop((1, 2, 73, 42)).tobytes()
+    assert len(whole) == 3 and len(set(parts)) == len(parts) == 1 + 4 + 1

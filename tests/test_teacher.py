@@ -58,13 +58,14 @@ def flux2_vae():
     return vae
 
 
-def sana_vae():
-    blocks, widths = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3, (8, 8, 16, 32, 32, 64)
-    multiscales = (), (), (), (5,), (5,), (5,)
+def sana_vae(more=0):
+    """more: how many more times than Sana's it halves an image."""
+    blocks, widths = ("ResBlock",) * 3 + ("EfficientViTBlock",) * (3 + more), (8, 8, 16, 32, 32, 64) + (64,) * more
+    multiscales, ones = ((),) * 3 + ((5,),) * (3 + more), (1,) * (6 + more)
     return diffusers.AutoencoderDC(
         latent_channels=32, attention_head_dim=8, encoder_block_types=blocks, decoder_block_types=blocks,
-        encoder_block_out_channels=widths, decoder_block_out_channels=widths, encoder_layers_per_block=(1,) * 6,
-        decoder_layers_per_block=(1,) * 6, encoder_qkv_multiscales=multiscales, decoder_qkv_multiscales=multiscales,
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, encoder_layers_per_block=ones,
+        decoder_layers_per_block=ones, encoder_qkv_multiscales=multiscales, decoder_qkv_multiscales=multiscales,
         decoder_norm_types="rms_norm", decoder_act_fns="silu", downsample_block_type="Conv",
         upsample_block_type="interpolate", scaling_factor=0.41407)
 
@@ -80,26 +81,31 @@ FAMILIES = {  # name: (how to make one, channels, factor, the student's variant,
     "kl-f4": (lambda: kl(3, latent_channels=3), 3, 4, "plain", scaled),
     "kl-f32": (lambda: kl(6, latent_channels=64), 64, 32, "plain", scaled),
     "flux2": (flux2_vae, 32, 8, "midblock_gn", flux2), "sana": (sana_vae, 32, 32, "f32", scaled),
+    "dc-ae-f128": (lambda: sana_vae(2), 32, 128, "plain", scaled),
     "qwen": (lambda: diffusers.AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2, 4, 4]), 16, 8, "plain", video),
     "wan": (lambda: diffusers.AutoencoderKLWan(base_dim=8), 16, 8, "plain", video),
     "tiny": (lambda: diffusers.AutoencoderTiny(**TAESD), 4, 8, "plain", scaled)}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_of_vaes_can_be_a_teacher(name, tmp_path):
+def test_every_family_of_vaes_can_be_a_teacher(name, tmp_path, monkeypatch):
     make, channels, factor, variant, by_hand = FAMILIES[name]
     vae, folder, out = make().eval(), tmp_path / "vae", tmp_path / "out"
     vae.save_pretrained(folder)
-    teacher, image = Teacher(folder), torch.rand(2, 3, 64, 128)
+    side = max(64, factor)
+    teacher, image = Teacher(folder), torch.rand(2, 3, side, 2 * side)
     with torch.no_grad():
         latent, picture = by_hand(vae, image * 2 - 1)
     if name in ("sd and sdxl", "sana", "wan"):  # diffusers reads these from a file, by the class that the config names
-        from_file = Teacher(f"{folder / 'diffusion_pytorch_model.safetensors'}::{folder}")
+        monkeypatch.setitem(CONFIGS, "wan", str(folder))  # a file of Wan needs no name of a config
+        config = "" if name == "wan" else f"::{folder}"
+        from_file = Teacher(f"{folder / 'diffusion_pytorch_model.safetensors'}{config}")
         assert torch.equal(from_file.encode(image), teacher.encode(image))
     assert (teacher.latent_channels, teacher.factor, teacher.student_variant) == (channels, factor, variant)
     assert torch.allclose(teacher.encode(image), latent, atol=1e-4)
     assert torch.allclose(teacher.decode(latent), (picture / 2 + 0.5).clamp(0, 1), atol=1e-4)
-    train(*TINY, f"--teacher={folder}", "--width=8", "--window=32", "--max_iters=1", f"--out_dir={out}")
+    train(*TINY, f"--teacher={folder}", f"--crop={side}", "--window=0", f"--eval_size={side}", "--batch_size=2",
+          "--max_iters=1", f"--out_dir={out}")
     _, shape = load_halves(str(out / "taesd_decoder.pth"))["decoder"]
     assert shape == {"latent_channels": channels, "factor": factor, "width": 8, "variant": variant}
     assert (out / "diffusers").is_dir() == (variant == "plain")
@@ -170,3 +176,18 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32(overflows, dtype, tmp_
     torch.save({"state_dict": original_layout(vae)}, file)
     assert Teacher(tmp_path, dtype=torch.float16).dtype == dtype  # the folder of a whole pipeline works, too
     assert Teacher(f"{file}::{tmp_path / 'vae'}", dtype=torch.float16).dtype == dtype
+
+
+def test_a_folder_that_has_float16_weights_only(tmp_path):
+    kl(4).save_pretrained(tmp_path, variant="fp16")
+    assert Teacher(tmp_path).latent_channels == 4
+
+
+@pytest.mark.parametrize("factor, words", [
+    (0.13025, ""), (0.18215, "factor, 0.18215, may be wrong: 0.13025, that of sdxl, is likely"), (1.0, "that of sdxl"),
+    (0.5 * torch.ones(1, 4, 1, 1), "per channel may be those of another VAE")])
+def test_a_wrong_scale_is_reported(factor, words):
+    teacher = Teacher("toy")
+    teacher.std = 1 / factor
+    latents = 0.9 * torch.randn(4, 4, 32, 32) * factor / 0.13025  # SDXL's, as published
+    assert words in teacher.describe_scale(latents) and ("warning" in teacher.describe_scale(latents)) == bool(words)

@@ -1,16 +1,15 @@
 """The programs in tools/, at tiny sizes."""
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import model
 from conftest import script
-from data import PHOTOS, Images, find_images
+from data import Images
 from teacher import Teacher
 from test_smoke import HERE
-from tools import bench, reference
+from tools import bench
 
 TINY_BENCH = ("tools/bench.py", "--teacher=toy", "--device=cpu", "--crop=32", "--batch_size=2", "--steps=2",
               "--warm_up=2", "--extra=--width=8 --window=32")
@@ -64,16 +63,3 @@ def test_the_work_of_a_forward_pass_is_counted():
     operations, traffic = bench.count_work(network, torch.rand(1, 3, 16, 16))
     assert operations == 2 * 16 * 16 * 8 * 27 + 2 * 8 * 2 * 256
     assert traffic == 2 * (3 * 256 + 8 * 256) + 2 * (8 * 256 + 8 * 2)
-
-
-def test_the_average_of_the_reference_begins_as_in_the_notebook(monkeypatch):
-    """It begins as a copy. Its decay rises by 0.1 with each update, up to 0.95. A small folder lasts forever."""
-    shares, clock = [], SimpleNamespace(now=0.0, time=lambda: clock.now)
-    monkeypatch.setattr(reference, "time", clock)
-    monkeypatch.setattr(torch, "_foreach_lerp_", lambda average, now, share: shares.append(round(share, 6)))
-    paths = find_images(PHOTOS)[:2]
-    loop = reference.reference_loop("toy", paths, torch.device("cpu"), 16, 2)
-    for _ in range(14):  # its clock starts with the first step
-        clock.now += 3
-        next(loop)
-    assert shares == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.05, 0.05]
