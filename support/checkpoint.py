@@ -83,8 +83,9 @@ def open_run(settings):
     check_settings(settings)
     init_from, out_dir = settings["init_from"], settings["out_dir"]
     for name in ("teacher", "data_dir", "val_dir"):  # so that sample.py may be called from another folder
-        if settings[name] not in NAMES and os.path.exists(settings[name]):
-            settings[name] = os.path.abspath(settings[name])
+        path = settings[name].partition("::")[0]  # of a file, the name of its configuration follows
+        if path not in NAMES and os.path.exists(path):
+            settings[name] = settings[name].replace(path, os.path.abspath(path), 1)
     if init_from == "resume":
         checkpoint = load_checkpoint(out_dir)
         if checkpoint["step"] >= settings["max_iters"]:

@@ -24,5 +24,4 @@ def latent_rgb(latents, factors, bias, size):
 def as_python(factors, bias):
     """The matrix as lines of Python."""
     rows = "".join(f"    {[round(value, 4) for value in row]},\n" for row in factors.tolist())
-    bias = [round(value, 4) for value in bias.tolist()]
-    return f"latent_rgb_factors = [\n{rows}]\nlatent_rgb_factors_bias = {bias}"
+    return f"latent_rgb_factors = [\n{rows}]\nlatent_rgb_factors_bias = {[round(b, 4) for b in bias.tolist()]}"
