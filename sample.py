@@ -30,8 +30,8 @@ from teacher import Teacher
 out_dir = "out"            # the run to look at; the picture is written to samples/sample.png in it
 images = ""                # an image or a folder; '' = the run's held-out images
 count = 0                  # how many images, at most; 0 = those that the run is evaluated on, or 16 of images=
-size = "256"               # images= are measured as centre squares of this side in pixels, or of several: 256,512
-                           # 0 = whole pictures of at most 2048 pixels, one file each
+size = ""                  # measure centre squares of this side in pixels, or of several: 256,512,1024; '' = eval_size
+                           # of the run, or 256; 0 = whole pictures of at most 2048 pixels, one file each
 compare = ""               # other weights to look at as well: a weights file, an AutoencoderTiny or another out_dir
 teacher = ""               # look at this teacher instead of a run, named as for train.py, and at compare= if given
 curves = ""                # instead: draw the logs of these runs, separated by commas, to samples/ of the first one
@@ -189,11 +189,9 @@ def print_table(rows):
 def main():
     if export_dtype not in ("float32", "float16"):
         fail(f"--export_dtype={export_dtype}: must be float32 or float16")
-    if size == "0" and not images:
-        fail("--size=0: draws whole pictures, and needs --images=")
     if teacher and export:
         fail(f"--export: exports a run; --teacher={teacher} looks at a teacher")
-    if not all(side.isdigit() for side in size.split(",")):
+    if size and not all(side.isdigit() for side in size.split(",")):
         fail(f"--size={size}: must be a number of pixels, or several, as in 256,512; or 0 for whole pictures")
     if curves:
         out_dirs = curves.split(",")
@@ -204,7 +202,7 @@ def main():
     checkpoint = None if teacher else load_checkpoint(out_dir)
     if export and checkpoint:
         return export_all(checkpoint, build_student(checkpoint), out_dir, export_name, getattr(torch, export_dtype))
-    settings = {"teacher": teacher, "data_dir": "", "val_dir": "", "dtype": "float32"}
+    settings = {"teacher": teacher, "data_dir": "", "val_dir": "", "dtype": "float32", "eval_size": 256}
     settings |= checkpoint["settings"] if checkpoint else {}
     precision = pick_dtype(settings["dtype"] if dtype == "auto" else dtype, place)
     autocast = torch.autocast(place.type, precision, enabled=precision != torch.float32)
@@ -212,7 +210,7 @@ def main():
     pictures = Images("", images) if images else Images(settings["data_dir"], settings["val_dir"])
     vae, samples = Teacher(settings["teacher"], place, precision), os.path.join(out_dir, "samples")
     students = load_students(checkpoint, compare, vae)
-    sides = [settings["eval_size"]] if checkpoint and not images else [int(side) for side in size.split(",")]
+    sides = [int(side) for side in size.split(",")] if size else [settings["eval_size"]]
     if size == "0":
         if vae.class_name in ("AutoencoderKL", "AutoencoderKLFlux2"):  # these can process large images in tiles
             vae.vae.enable_tiling()

@@ -27,7 +27,7 @@ from teacher import Teacher
 
 HERE = Path(__file__).resolve().parent
 TINY = ["--device=cpu", "--crop=32", "--batch_size=4", "--width=8", "--eval_images=2", "--eval_size=64",
-        "--window=64", "--replay_size=64", "--log_interval=1", "--workers=2"]
+        "--window=64", "--finish=0", "--replay_size=64", "--log_interval=1", "--workers=2"]
 
 
 def start(*command, **environment):

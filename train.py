@@ -1,7 +1,6 @@
 r"""Train a tiny autoencoder (TAESD) that uses the same latents as a big VAE, its teacher.
 
     python train.py --teacher=sdxl --batch_size=16 --data_dir=pictures
-    python train.py recipes/ft_mse.py --teacher=sdxl --data_dir=pictures    # settings from a file, then from flags
 
                 real image x [0,1]
                /         |         \
@@ -37,9 +36,11 @@ seed = 0                     # random seed of weights, crops and samples
 # data
 data_dir = ""                # folder of images, searched recursively; '' = thirty bundled ones, to try things out
 val_dir = ""                 # folder of held-out images; '' = 5% of data_dir, chosen by file name
-crop = 96                    # training crop in pixels, a multiple of the teacher's factor; finish a long run at 256
-window = 256                 # the teacher encodes squares of at most this side, which are then cut into crops; 0 = off
-batch_size = 16              # crops per step, of all GPUs together
+crop = 96                    # training crop in pixels, a multiple of the teacher's factor
+finish = 0.1                 # share of the steps, at the end, with larger crops, which correct colours of large areas
+finish_crop = 256            # their size; a step has fewer of them, so that it takes as long
+window = 512                 # the teacher encodes squares of at most this side, which are then cut into crops; 0 = off
+batch_size = 16              # crops per step, of all GPUs together; larger crops count as several, by their area
 color_augment = 0.07         # share of these squares with randomly mixed colour channels; 0 = off
 echo = 2.0                   # how often a crop is used, on average (data echoing, Choi et al. 2019)
 workers = 0                  # threads that read images; 0 = as many as there are cores
@@ -76,7 +77,7 @@ ema_halflife = 10_000        # half-life of the exported weight average, in imag
 log_interval = 50            # steps between lines in log.jsonl and on the console
 eval_interval = 1000         # steps between evaluations; each writes a picture, a checkpoint and the weights
 eval_images = 16             # number of held-out images
-eval_size = 256              # side of the held-out images in pixels
+eval_size = 0                # side of the held-out images in pixels; 0 = 512 on a GPU, 256 on a CPU
 device = "auto"              # auto, cuda, mps or cpu
 dtype = "auto"               # of teacher and autocast: auto, float32, bfloat16 or float16; weights stay float32
 compile = "auto"             # auto, true or false: torch.compile and, on a GPU, a CUDA graph of the step
@@ -92,15 +93,14 @@ images = Images(data_dir, val_dir)
 vae = Teacher(teacher, device, dtype)
 if variant == "auto":
     variant = settings["variant"] = checkpoint["shape"]["variant"] if checkpoint else vae.student_variant
-vae.check_fit(variant, crop=crop, eval_size=eval_size)
+vae.check_fit(variant, crop=crop, finish_crop=finish_crop, eval_size=eval_size or 256)
 shape = {"latent_channels": vae.latent_channels, "factor": vae.factor, "width": width, "variant": variant}
 torch.manual_seed(seed)
 encoder, decoder = Encoder(**shape).requires_grad_(train_encoder), Decoder(**shape).requires_grad_(train_decoder)
 discriminator = Discriminator(vae.latent_channels)
 ema_encoder, ema_decoder = (copy.deepcopy(network).requires_grad_(False) for network in (encoder, decoder))
-networks = torch.nn.ModuleDict({
-    "encoder": encoder, "decoder": decoder, "discriminator": discriminator,
-    "ema_encoder": ema_encoder, "ema_decoder": ema_decoder})  # averaged weights, which are what is exported
+networks = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder, "discriminator": discriminator,
+                                "ema_encoder": ema_encoder, "ema_decoder": ema_decoder})  # averages, for export
 networks.to(device, memory_format=torch.channels_last)
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -152,10 +152,8 @@ def lowres_mse(fake, real):
 
 pixel_losses = {"mse": F.mse_loss, "lowres_mse": lowres_mse, "l1": F.l1_loss, "frequency": published.frequency_l1,
                 "lpips": published.lpips}  # name: function of fake and real
-loss_weights = {
-    "encoder": 1.0, "encoder_feature": encoder_feature_weight, "mse": mse_weight, "lowres_mse": lowres_weight,
-    "l1": l1_weight, "frequency": frequency_weight, "lpips": lpips_weight, "adversarial": adversarial_weight,
-    "feature_matching": feature_matching_weight, "encoder_adversarial": encoder_adversarial_weight}
+loss_weights = {"encoder": 1.0, "lowres_mse": lowres_weight}
+loss_weights |= {name.removesuffix("_weight"): value for name, value in settings.items() if name.endswith("_weight")}
 use_discriminator = train_decoder and adversarial_weight > 0
 decoder_features = ema_decoder[:6]  # the averaged decoder's first layers, up to its third block (taesd issue 11)
 
@@ -190,22 +188,28 @@ class Buffer:
         images = (self.images[slots].float() / 255).contiguous(memory_format=torch.channels_last)
         return images, self.latents[slots].float()
 
-tiles_per_side = max(1, window // crop)  # whole crops side by side in a window
-windows = max(1, round(batch_size / echo / tiles_per_side**2))  # number of windows that are read at once
-crop_pool = Buffer(64 * max(batch_size, windows * tiles_per_side**2))  # large enough to mix crops of many images
-replay_buffer = Buffer(replay_size if use_discriminator else 0)
-crops_due = 0.0
+def set_crop(side):
+    """Train on crops of this side from here on, in batches of as many pixels. The buffers and the loader start anew."""
+    global crop, n_crops, tiles_per_side, windows, crop_pool, replay_buffer, crops_due, loader
+    crop, n_crops, crops_due = side, max(1, round(batch_size * (settings["crop"] / side)**2)), 0.0
+    tiles_per_side = max(1, window // crop)  # whole crops side by side in a window
+    windows = max(1, round(n_crops / echo / tiles_per_side**2))  # number of windows that are read at once
+    crop_pool = Buffer(max(64 * n_crops, 16 * windows * tiles_per_side**2))  # large enough to mix crops of many images
+    replay_buffer = Buffer(replay_size * n_crops // batch_size if use_discriminator else 0)
+    torch.compiler.set_stance("default" if side == settings["crop"] else "force_eager")  # compiling again is too slow
+    loader = log.waiting_for(batches(images, tiles_per_side * crop, windows, color_augment, seed + step, workers,
+                                     pin=device.type == "cuda"))
 
 def get_batch():
     """Real crops and the teacher's latents from the pool, which renews 1/echo of a batch per step (until it is full, it
     adds two batches). A latent depends on what surrounds its crop, so the teacher encodes whole windows."""
     global crops_due
-    crops_due += batch_size / echo if crop_pool.filled == len(crop_pool.images) else 2 * batch_size
+    crops_due += n_crops / echo if crop_pool.filled == len(crop_pool.images) else 2 * n_crops
     while crops_due > 0:
         window_images = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
         crop_pool.add(*(to_tiles(x, tiles_per_side) for x in (window_images, vae.encode(window_images))))
         crops_due -= windows * tiles_per_side**2
-    return crop_pool.sample(batch_size)
+    return crop_pool.sample(n_crops)
 
 # --- start, or continue a run ----------------------------------------------------------------------------------------
 step, images_seen = 0, 0
@@ -215,17 +219,13 @@ if checkpoint:
     exportable += [name for name in loaded if name not in exportable]  # a network that is neither would be noise
 setup_ddp(networks)
 log = Log(settings, device, dtype, compile, images, vae, networks)
-if compile:
-    compile_networks([encoder, decoder, discriminator, decoder_features], vae, adversarial_scaling)
-loader = log.waiting_for(batches(images, tiles_per_side * crop, windows, color_augment, seed + step, workers,
-                                 pin=device.type == "cuda"))
+compile_networks(compile, [encoder, decoder, discriminator, decoder_features], vae, adversarial_scaling)
 trained = [name for name in ("encoder", "decoder") if settings[f"train_{name}"]]  # the other one stays as it was
 averaged_weights = [weight for name in trained for weight in networks[f"ema_{name}"].parameters()]
 raw_weights = [weight.detach() for name in trained for weight in networks[name].parameters()]
 
 # --- one training step -----------------------------------------------------------------------------------------------
-# On a GPU it is recorded as a CUDA graph: its Python code runs in the first few calls only, so anything that changes
-# from step to step has to be an argument, and nothing in it may ask for the value of a tensor.
+# On a GPU it is recorded as a CUDA graph: what changes between steps must be an argument, and no value may be read.
 @cuda_graphed(device, settings["compile"], scaler)
 def train_step(real, latent, lr_scale, old_fakes, old_latents):
     """Returns {name: loss}, the fakes and their latents. Every loss in the dictionary is logged under its name."""
@@ -255,17 +255,16 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
     if old_fakes is not None:
         # The discriminator learns first. Half of its fakes are from the replay buffer, so that it keeps recognising
         # mistakes that the decoder has stopped making, and the two do not chase each other in circles.
-        n = len(old_fakes)  # half a batch, but none in the first step
+        n = len(old_fakes)  # half a batch (of a single crop, every other one), but none in the first step
         d_fakes, d_latents = (fake.detach().clamp(0, 1) * 255).round() / 255, latent.clone()  # like the old ones
         d_fakes[:n], d_latents[:n] = old_fakes, old_latents
         with autocast:
             real_scores, _ = discriminator(real, latent)
             fake_scores, _ = discriminator(d_fakes, d_latents)
+            losses["discriminator"] = discriminator_loss(real_scores, fake_scores)
             if encoder_adversarial_weight > 0:  # a real image with the student's latent counts as a fake, too
                 encoder_scores, _ = discriminator(real, student_latent.detach())
-        losses["discriminator"] = discriminator_loss(real_scores, fake_scores)
-        if encoder_adversarial_weight > 0:
-            losses["discriminator"] = losses["discriminator"] + discriminator_loss(real_scores, encoder_scores)
+                losses["discriminator"] = losses["discriminator"] + discriminator_loss(real_scores, encoder_scores)
         optimizer_step(discriminator_optimizer, losses["discriminator"], lr_scale * (discriminator_lr or learning_rate))
 
         # Then the decoder learns from the updated discriminator, which is frozen meanwhile.
@@ -273,16 +272,15 @@ def train_step(real, latent, lr_scale, old_fakes, old_latents):
         with autocast:
             real_scores, real_activations = discriminator(real, latent)
             fake_scores, fake_activations = discriminator(fake, latent)
+            if encoder_adversarial_weight > 0:
+                encoder_scores, _ = discriminator(real, student_latent)
+                losses["encoder_adversarial"] = adversarial_loss(real_scores, encoder_scores)
         adversarial = adversarial_loss(real_scores, fake_scores)
         rescale = published.SCALINGS[adversarial_scaling]  # "none" returns the loss as it is
         rescaled["adversarial"] = rescale(adversarial, fake, student_loss(losses), decoder, scaler)
         losses["adversarial"] = adversarial
         if feature_matching_weight > 0:
             losses["feature_matching"] = feature_matching_loss(real_activations, fake_activations)
-        if encoder_adversarial_weight > 0:
-            with autocast:
-                encoder_scores, _ = discriminator(real, student_latent)
-            losses["encoder_adversarial"] = adversarial_loss(real_scores, encoder_scores)
         discriminator.requires_grad_(True)
 
     optimizer_step(student_optimizer, student_loss(losses | rescaled), lr_scale * learning_rate)
@@ -303,9 +301,12 @@ while True:
     if last:
         break
 
+    side = settings["crop"] if step < (1 - finish) * max_iters else finish_crop
+    if step == first_step or side != crop:
+        set_crop(side)
     real, latent = get_batch()
     d_takes_part = use_discriminator and step >= adversarial_start
-    old_fakes, old_latents = replay_buffer.sample(batch_size // 2) if d_takes_part else (None, None)
+    old_fakes, old_latents = replay_buffer.sample((n_crops + step % 2) // 2) if d_takes_part else (None, None)
     losses, fake, fake_latent = train_step(real, latent, get_lr_scale(step), old_fakes, old_latents)
     if d_takes_part:
         replay_buffer.add(fake, fake_latent)
@@ -316,5 +317,4 @@ while True:
     torch._foreach_lerp_(averaged_weights, raw_weights, 1 - 0.5 ** (batch_size * RANKS / halflife))
     interrupted = log.add(step, images_seen, losses)  # Ctrl-C asks to stop
 
-loader.close()
 log.end(step, images_seen, interrupted)

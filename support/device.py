@@ -60,10 +60,10 @@ def pick_compile(name, device):
         return False
 
 
-def compile_networks(networks, vae, adversarial_scaling):
+def compile_networks(compile, networks, vae, adversarial_scaling):
     """Compile each network, and the teacher's encoder, when it is first called, for the one shape of training. This
-    replaces `forward`, because Module.compile does not work on an nn.Sequential."""
-    for network in networks + ([] if vae.video else [vae.vae.encoder]):
+    replaces `forward`, because Module.compile does not work on an nn.Sequential. compile: False = leave them."""
+    for network in networks + ([] if vae.video else [vae.vae.encoder]) if compile else []:
         network.forward = torch.compile(network.forward, dynamic=False)
     torch._functorch.config.donated_buffer = adversarial_scaling == "none"  # the others go through a graph twice
 

@@ -28,7 +28,8 @@ class Log:
         self.settings, self.out_dir, self.device = settings, settings["out_dir"], device
         machine = {"device": str(device), "dtype": str(dtype), "compile": str(compile)}
         self.print_summary(machine, images, vae, networks)
-        self.evaluator = Evaluator(images.held_out(settings["eval_images"], settings["eval_size"], vae.multiple), vae)
+        eval_size = settings["eval_size"] or (512 if device.type == "cuda" else 256)
+        self.evaluator = Evaluator(images.held_out(settings["eval_images"], eval_size, vae.multiple), vae)
         settings["eval_size"] = self.evaluator.real.shape[-1]
         print(vae.describe_scale(self.evaluator.latent))
         images.batch(settings["crop"], 1, 0, [settings["seed"], 0])  # fails now if most files cannot be read

@@ -9,11 +9,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from conftest import TINY, load, records, script, start, train
+from conftest import TINY, load, records, script, start, train, train_and_record
 from sample import Evaluator
 from support import checkpoint
 from support.log import Log
 from teacher import NAMES, Teacher
+from test_smoke import in_bytes
 
 
 def losses(out_dir):
@@ -35,6 +36,17 @@ def test_the_discriminator_takes_part_from_adversarial_start(tmp_path):
     train(*TINY, "--max_iters=4", "--adversarial_start=2", f"--out_dir={tmp_path}")
     assert ["discriminator" in line for line in losses(tmp_path)] == [False, False, True, True]
     assert all("mse" in line for line in losses(tmp_path))
+
+
+def test_the_last_steps_train_on_larger_crops_in_batches_of_as_many_pixels(tmp_path):
+    scope, seen = train_and_record("--finish=0.5", "--finish_crop=64", "--batch_size=8", "--max_iters=6", "--cooldown=0",
+                                   "--learning_rate=3e-4", f"--out_dir={tmp_path}")
+    assert [real.shape for real, _, _ in seen[::4]] == 3 * [(8, 3, 32, 32)] + 3 * [(2, 3, 64, 64)]
+    d_fakes, earlier = seen[-3][0], [fake for fakes, _, _ in seen[15:20:4] for fake in fakes]  # of steps 4 and 5
+    assert in_bytes(d_fakes[:1]) <= in_bytes(torch.stack(earlier))  # half of the fakes are old, but not from before
+    assert len(scope.replay_buffer.images) == 64 / 4 and scope.images_seen == 6 * 8
+    for optimizer in (scope.student_optimizer, scope.discriminator_optimizer):  # D's rate is the same unless it is set
+        assert {group["lr"] for group in optimizer.param_groups} == {3e-4}
 
 
 # stopping, and going on
