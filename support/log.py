@@ -31,8 +31,8 @@ class Log:
         eval_size = settings["eval_size"] or (512 if device.type == "cuda" else 256)
         self.evaluator = Evaluator(images.held_out(settings["eval_images"], eval_size, vae.multiple), vae)
         settings["eval_size"] = self.evaluator.real.shape[-1]
-        print(vae.describe_scale(self.evaluator.latent))
-        images.batch(settings["crop"], 1, 0, [settings["seed"], 0])  # fails now if most files cannot be read
+        crops = images.batch(128, 16, 0, [settings["seed"], 0])  # fails now if most files cannot be read
+        print(vae.describe_scale(vae.encode(crops / 255)))
         teacher_metrics = self.evaluator.teacher_metrics
         print(f"goal      the teacher's own pictures of the held-out images: psnr {teacher_metrics['psnr']:.2f} dB, "
               f"sharpness {teacher_metrics['sharpness']:.2f}", flush=True)
@@ -64,7 +64,7 @@ class Log:
         print(f"student   {s['variant']}, width {s['width']}; parameters: {', '.join(sizes)}")
         print(f"losses    {', '.join(losses)}; {s['optimizer']}, learning rate {s['learning_rate']:g}")
         print(f"batch     {s['batch_size']} crops of {s['crop']} pixels from windows of {window}, each used "
-              f"{s['echo']:g} times", flush=True)
+              f"{s['echo']:g} times; for the last {s['finish']:.0%} of the steps crops of {s['finish_crop']}", flush=True)
 
     def write(self, record):
         if RANK:
