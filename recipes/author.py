@@ -3,6 +3,7 @@ optimizer = "adam"
 learning_rate = 3e-4
 cooldown = 0.0
 window = 0
+finish = 0.0
 mse_weight = 0.0
 feature_matching_weight = 0.0
 encoder_feature_weight = 0.0

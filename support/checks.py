@@ -25,8 +25,7 @@ def check_settings(settings):
     rules = [  # (setting, whether its rule is kept, the rule)
         ("batch_size", s.batch_size % RANKS == 0, f"must be a multiple of {RANKS}, the processes that torchrun starts"),
         ("echo", s.echo >= 1, "must be 1 or more"),
-        ("color_augment", s.color_augment <= 1, "must be between 0 and 1"),
-        ("cooldown", s.cooldown <= 1, "must be between 0 and 1"),
+        *((name, settings[name] <= 1, "must be between 0 and 1") for name in ("color_augment", "cooldown", "finish")),
         ("replay_size", s.replay_size == 0 or s.replay_size >= s.batch_size,
          f"must be 0 or at least the batch size, {s.batch_size}"),
         ("max_iters", s.max_iters > 0 or s.init_from != "scratch",
