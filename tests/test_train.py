@@ -94,7 +94,7 @@ def test_whenever_ctrl_c_comes_what_is_saved_was_reported(place, name, number, t
 
     def with_signal(*arguments, **named):
         calls.append(name)
-        if len(calls) == 3:
+        if len(calls) == (5 if place is Teacher else 3):  # a teacher encodes three times before the first step
             assert callable(signal.getsignal(number))  # otherwise it would end all tests
             os.kill(os.getpid(), number)
             assert signal.getsignal(number) == signal.SIG_DFL  # once more would end the run at once
