@@ -38,8 +38,8 @@ data_dir = ""                # folder of images, searched recursively; '' = thir
 val_dir = ""                 # folder of held-out images; '' = 5% of data_dir, chosen by file name
 crop = 96                    # training crop in pixels, a multiple of the teacher's factor
 finish = 0.1                 # share of the steps, at the end, with larger crops, which correct colours of large areas
-finish_crop = 384            # their size; a step has fewer of them, but at least one, so that it takes about as long
-window = 256                 # the teacher encodes squares of at most this side, which are then cut into crops; 0 = off
+finish_crop = 256            # their size; a step has fewer of them, but at least one, so that it takes about as long
+window = 256                 # the teacher encodes squares of at most this side, cut into crops; not with midblock_gn
 batch_size = 16              # crops per step, of all GPUs together; larger crops count as several, by their area
 color_augment = 0.07         # share of these squares with randomly mixed colour channels; 0 = off
 echo = 2.0                   # how often a crop is used, on average (data echoing, Choi et al. 2019)
@@ -192,9 +192,9 @@ def set_crop(side):
     """Train on crops of this side from here on, in batches of as many pixels. The buffers and the loader start anew."""
     global crop, n_crops, tiles_per_side, windows, crop_pool, replay_buffer, crops_due, loader
     crop, n_crops, crops_due = side, max(1, round(batch_size * (settings["crop"] / side)**2)), 0.0
-    tiles_per_side = max(1, window // crop)  # whole crops side by side in a window
+    tiles_per_side = 1 if variant == "midblock_gn" else max(1, window // crop)  # GroupNorm sees what the teacher saw
     windows = max(1, round(n_crops / echo / tiles_per_side**2))  # number of windows that are read at once
-    crop_pool = Buffer(64 * max(n_crops, windows * tiles_per_side**2))  # large enough to mix crops of many images
+    crop_pool = Buffer(64 * max(n_crops, windows * tiles_per_side**2))  # mixes crops of many images
     replay_buffer = Buffer(replay_size * n_crops // batch_size if use_discriminator else 0)
     torch.compiler.set_stance("default" if side == settings["crop"] else "force_eager")  # compiling again is too slow
     loader = log.waiting_for(batches(images, tiles_per_side * crop, windows, color_augment, seed + step, workers,

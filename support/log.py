@@ -56,7 +56,7 @@ class Log:
         losses = [f"{value:g} x {name.removesuffix('_weight')}" for name, value in s.items()
                   if name.endswith("_weight") and value and (s["adversarial_weight"] or "matching" not in name)]
         sizes = [f"{name} {count_parameters(networks[name]):,}" for name in ("encoder", "decoder", "discriminator")]
-        window = max(1, s["window"] // s["crop"]) * s["crop"]
+        window = (1 if s["variant"] == "midblock_gn" else max(1, s["window"] // s["crop"])) * s["crop"]
         print(f"machine   {machine['device']}, {machine['dtype']}, compile {machine['compile']}, {RANKS} process(es), "
               f"torch {torch.__version__}")
         print(f"images    {images}")

@@ -39,8 +39,8 @@ def test_the_discriminator_takes_part_from_adversarial_start(tmp_path):
 
 
 def test_the_last_steps_train_on_larger_crops_in_batches_of_as_many_pixels(tmp_path):
-    scope, seen = train_and_record("--finish=0.5", "--finish_crop=64", "--batch_size=8", "--max_iters=6", "--cooldown=0",
-                                   "--learning_rate=3e-4", f"--out_dir={tmp_path}")
+    scope, seen = train_and_record("--finish=0.5", "--finish_crop=64", "--batch_size=8", "--max_iters=6",
+                                   "--cooldown=0", "--learning_rate=3e-4", f"--out_dir={tmp_path}")
     assert [real.shape for real, _, _ in seen[::4]] == 3 * [(8, 3, 32, 32)] + 3 * [(2, 3, 64, 64)]
     d_fakes, earlier = seen[-3][0], [fake for fakes, _, _ in seen[15:20:4] for fake in fakes]  # of steps 4 and 5
     assert in_bytes(d_fakes[:1]) <= in_bytes(torch.stack(earlier))  # half of the fakes are old, but not from before
