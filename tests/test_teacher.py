@@ -104,11 +104,11 @@ def test_every_family_of_vaes_can_be_a_teacher(name, tmp_path, monkeypatch):
     assert (teacher.latent_channels, teacher.factor, teacher.student_variant) == (channels, factor, variant)
     assert torch.allclose(teacher.encode(image), latent, atol=1e-4)
     assert torch.allclose(teacher.decode(latent), (picture / 2 + 0.5).clamp(0, 1), atol=1e-4)
-    train(*TINY, f"--teacher={folder}", f"--crop={side}", "--window=0", f"--eval_size={side}", "--batch_size=2",
-          "--max_iters=1", f"--out_dir={out}")
+    scope = train(*TINY, f"--teacher={folder}", f"--crop={side}", f"--window={2 * side}", f"--eval_size={side}",
+                  "--batch_size=2", "--max_iters=1", f"--out_dir={out}")
     _, shape = load_halves(str(out / "taesd_decoder.pth"))["decoder"]
     assert shape == {"latent_channels": channels, "factor": factor, "width": 8, "variant": variant}
-    assert (out / "diffusers").is_dir() == (variant == "plain")
+    assert ((out / "diffusers").is_dir(), scope.tiles_per_side) == (variant == "plain", 1 + (variant != "midblock_gn"))
 
 
 @torch.no_grad()
