@@ -41,7 +41,7 @@ finish = 0.1                 # share of the steps, at the end, with larger crops
 finish_crop = 256            # their size; a step has fewer of them, but at least one, so that it takes about as long
 window = 256                 # the teacher encodes squares of at most this side, cut into crops; not with midblock_gn
 batch_size = 16              # crops per step, of all GPUs together; larger crops count as several, by their area
-color_augment = 0.07         # share of these squares with randomly mixed colour channels; 0 = off
+color_augment = 0.07         # share of the windows with randomly mixed colour channels; 0 = off
 echo = 2.0                   # how often a crop is used, on average (data echoing, Choi et al. 2019)
 workers = 0                  # threads that read images; 0 = as many as there are cores
 # teacher and student
@@ -301,7 +301,7 @@ while True:
     if last:
         break
 
-    side = settings["crop"] if step < (1 - finish) * max_iters else finish_crop
+    side = settings["crop"] if step < (1 - finish) * max_iters else max(finish_crop, settings["crop"])
     if step == first_step or side != crop:
         set_crop(side)
     real, latent = get_batch()

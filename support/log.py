@@ -64,7 +64,7 @@ class Log:
         print(f"student   {s['variant']}, width {s['width']}; parameters: {', '.join(sizes)}")
         print(f"losses    {', '.join(losses)}; {s['optimizer']}, learning rate {s['learning_rate']:g}")
         print(f"batch     {s['batch_size']} crops of {s['crop']} pixels from windows of {window}, each used "
-              f"{s['echo']:g} times; the last {s['finish']:.0%} of the steps: crops of {s['finish_crop']}", flush=True)
+              f"{s['echo']:g} times\nfinish    {s['finish']:.0%} of the steps, crops of {s['finish_crop']}", flush=True)
 
     def write(self, record):
         if RANK:
