@@ -49,8 +49,7 @@ COLUMNS = {"psnr": ("PSNR dB", "11.2f"), "ssim": ("SSIM", "11.4f"), "lowres_mse"
 LARGEST = 2048  # longer side of a whole picture in pixels; a student of width 64 needs 4 GB for one of this size
 
 
-# metrics: images [N,3,H,W] in [0,1] -> [N], one number for each image
-
+# The metrics take images [N,3,H,W] in [0,1], and return one number for each image, [N].
 def psnr(fake, real):
     """Peak signal-to-noise ratio in dB. Identical images give 100."""
     return -10 * torch.log10((fake - real).square().mean((1, 2, 3)).clamp(min=1e-10))
@@ -104,9 +103,9 @@ def compute_latent_metrics(latents, target):
             "latent_std_error": std_error.max().item()}
 
 
-def chunked(network, images):
-    """Apply a network to four images at a time, so that a whole held-out set fits in little memory. Returns float32."""
-    return torch.cat([network(chunk).float() for chunk in images.split(4)])
+def one_by_one(network, images):
+    """Apply a network to one image at a time, so that a whole held-out set fits in little memory. Returns float32."""
+    return torch.cat([network(image).float() for image in images.split(1)])
 
 
 def save_picture(rows, path):
@@ -128,8 +127,8 @@ class Evaluator:
     def __init__(self, images, vae):
         self.vae = vae
         self.real = images.to(vae.device, memory_format=torch.channels_last) / 255
-        self.latent = chunked(vae.encode, self.real)
-        self.teacher_picture = chunked(vae.decode, self.latent)
+        self.latent = one_by_one(vae.encode, self.real)
+        self.teacher_picture = one_by_one(vae.decode, self.latent)
         self.teacher_metrics = compute_metrics(self.teacher_picture, self.real)
 
     @torch.no_grad()
@@ -141,7 +140,7 @@ class Evaluator:
 
         def apply(network, inputs):
             with autocast:
-                return chunked(network, inputs)
+                return one_by_one(network, inputs)
 
         def add(row, picture, latent_metrics):
             pictures[row] = picture.clamp(0, 1)
@@ -154,7 +153,7 @@ class Evaluator:
                 latent_metrics = compute_latent_metrics(latent, self.latent)
                 if "decoder" in networks:
                     add(f"{label} encoder and decoder", apply(networks["decoder"], latent), latent_metrics)
-                add(f"{label} encoder, teacher's decoder", chunked(self.vae.decode, latent), latent_metrics)
+                add(f"{label} encoder, teacher's decoder", one_by_one(self.vae.decode, latent), latent_metrics)
         return pictures, metrics
 
 
