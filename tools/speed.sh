@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure how well train.py uses a GPU, in about nine minutes on an H100, and how many seconds it needs for a quality:
+# Measure how well train.py uses a GPU, and which quality it reaches in how many seconds:
 #
 #   tools/speed.sh taef2_encoder.pth pictures held_out_pictures results
 #
@@ -13,12 +13,11 @@ bench() {  # name of the report, then flags
   python -m tools.bench --data_dir="$pictures" --pairs=1 --extra="${EXTRA:-}" "${@:2}" > "$out/$1.txt" 2>&1 ||
     echo "$1 failed: $(tail -n 1 "$out/$1.txt")"
 }
-# TORCHDYNAMO_DISABLE switches torch.compile off; the step is still recorded as a CUDA graph
 bench sdxl-16 --batch_size=16
 for batch in ${BATCHES:-16 64 256}; do
   bench "compiled-$batch" --teacher="$teacher" --batch_size="$batch"
 done
-for batch in ${PROFILED:-16 128}; do
+for batch in ${PROFILED:-16 128}; do  # TORCHDYNAMO_DISABLE=1: not compiled, but still recorded as a CUDA graph
   bench "profile-compiled-$batch" --teacher="$teacher" --batch_size="$batch" --profile
   TORCHDYNAMO_DISABLE=1 bench "profile-recorded-$batch" --teacher="$teacher" --batch_size="$batch" --profile
 done
